@@ -1,0 +1,196 @@
+"""Any timm network as a feature extractor: images ``[N, C, H, W]`` to features ``[N, F]``."""
+
+import difflib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from twoview.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Stem = Literal["auto", "timm", "small", "small_stride2"]
+SMALL_IMAGE = 64
+
+
+def create_backbone(
+    name: str,
+    in_chans: int = 3,
+    image_size: int = 32,
+    stem: Stem = "auto",
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    partial_weights: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, int]:
+    """Build a timm network without its classifier.
+
+    Args:
+        name: any name in ``timm.list_models()``.
+        in_chans: channels of the images, >= 1.
+        image_size: height and width of the images in pixels; transformers are built for it.
+        stem: how a residual network begins. "timm": as published (7x7 at stride 2 and max-pooling: a 32-pixel image is
+            left with 1x1 positions); "small": stride 1 and no pooling, as SimCLR does for CIFAR-10 (arXiv:2002.05709,
+            B.9); "small_stride2": stride 2 and no pooling, a quarter of the cost; "auto": "small" at 64 pixels and
+            below unless weights are loaded, else "timm". Networks of other families have "auto" and "timm" alone.
+        weights: local file of weights, ``.safetensors`` or a PyTorch file of plain tensors.
+        pretrained: load timm's published weights.
+        partial_weights: allow ``weights`` that do not cover every tensor of the network.
+        options: further arguments of the timm constructor, such as ``{"drop_path_rate": 0.1}``.
+
+    Returns:
+        The network and the width F of its features, measured by a dry run. ``network.build_arguments`` are plain
+        values with which this function builds the same architecture at random initialisation.
+
+    Raises:
+        UserError: an unknown name, an image size or option that the network refuses, weights that do not fit.
+    """
+    if name not in timm.list_models():
+        raise UserError(f"backbone.name={name}: timm has no such network; {_nearest(name)}")
+    if stem not in get_args(Stem):
+        raise UserError(f"backbone.stem={stem}: choose one of {', '.join(get_args(Stem))}")
+    network = _build(name, in_chans, image_size, pretrained, from_scratch=not (weights or pretrained), options=options)
+    if stem == "auto":
+        small = isinstance(network, ResNet) and image_size <= SMALL_IMAGE and not (weights or pretrained)
+        stem = "small" if small else "timm"
+    if stem != "timm":
+        _use_small_stem(network, name, stride=2 if stem == "small_stride2" else 1)
+    if weights is not None:
+        _load_weights(network, Path(weights), partial_weights)
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    network.build_arguments = {
+        "name": name,
+        "in_chans": in_chans,
+        "image_size": image_size,
+        "stem": stem,
+        "options": {**(options or {}), **({"patch_size": int(patch[0])} if patch else {})},
+    }
+    return network, feature_width(network, in_chans, image_size, name)
+
+
+@torch.no_grad()
+def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str = "") -> int:
+    """Width of the features of one image, by a dry run: timm's ``num_features`` is another number for some networks.
+
+    Raises:
+        UserError: the network cannot take images of this size, or does not give ``[N, F]``.
+    """
+    was_training = network.training
+    try:
+        features = network.eval()(torch.zeros(2, in_chans, image_size, image_size))
+    except Exception as error:
+        raise UserError(
+            f"data.image_size={image_size}: {name} cannot take images of {image_size}x{image_size} pixels "
+            f"({str(error).splitlines()[0]}); choose a larger data.image_size or another backbone.name"
+        ) from error
+    finally:
+        network.train(was_training)
+    if features.ndim != 2:
+        raise UserError(f"backbone.name={name}: gives features of shape {list(features.shape)}, not one vector an image")
+    return int(features.shape[1])
+
+
+def is_depthwise(network: nn.Module) -> bool:
+    """Whether most convolutions are depthwise or grouped: these run slower, not faster, in bf16 on a CPU."""
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    return sum(m.groups > 1 for m in convolutions) > len(convolutions) / 2
+
+
+def _build(
+    name: str, in_chans: int, image_size: int, pretrained: bool, from_scratch: bool, options: Mapping[str, Any] | None
+) -> nn.Module:
+    arguments = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained, **(options or {})}
+    sizes: list[dict[str, int]] = [{"img_size": image_size}, {}]
+    if from_scratch and image_size <= SMALL_IMAGE and "patch_size" not in arguments:
+        # Eight patches a side: ViT-S/16 for 224 pixels has 14, but at 32 pixels it would have 2.
+        sizes.insert(0, {"img_size": image_size, "patch_size": max(1, image_size // 8)})
+    for size in sizes:
+        try:
+            network: nn.Module = timm.create_model(name, **arguments, **size)
+        except TypeError as error:  # this family has no such argument
+            if size and any(key in str(error) for key in size):
+                continue
+            raise UserError(f"backbone.options={dict(options or {})}: {name} refuses them ({error})") from error
+        except (AssertionError, ValueError) as error:
+            if size and not pretrained and "patch_size" in size:
+                continue
+            raise UserError(f"backbone.name={name} cannot be built for data.image_size={image_size}: {error}") from error
+        except OSError as error:
+            raise UserError(
+                f"backbone.pretrained=true: no published weights of {name} could be fetched ({error}); "
+                "check the network, or give a local file as backbone.weights=FILE"
+            ) from error
+        else:
+            return network
+    raise AssertionError("the last attempt passes no size")
+
+
+def _use_small_stem(network: nn.Module, name: str, stride: int) -> None:
+    if not isinstance(network, ResNet):
+        raise UserError(f"backbone.stem: {name} is no residual network of timm's ResNet family; use backbone.stem=auto")
+    first = network.conv1
+    if isinstance(first, nn.Sequential):  # a deep stem is 3x3 already
+        first[0].stride = (stride, stride)
+    else:
+        network.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+
+
+def _load_weights(network: nn.Module, file: Path, partial: bool) -> None:
+    found = read_tensors(file)
+    wanted = network.state_dict()
+    matching = _best_match(found, wanted)
+    missing = [key for key in wanted if key not in matching]
+    log.info("backbone.weights=%s: %d of %d tensors matched", file, len(matching), len(wanted))
+    if missing and not (partial and matching):
+        raise UserError(
+            f"backbone.weights={file}: {len(matching)} of {len(wanted)} tensors of the network matched "
+            f"(missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); use the network they were "
+            "made for, or backbone.partial_weights=true to leave the rest at random"
+        )
+    network.load_state_dict(matching, strict=False)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` or PyTorch file, by name; nothing else in it is ever executed.
+
+    Raises:
+        UserError: the file is missing or holds no plain tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"backbone.weights={file}: there is no such file") from None
+    except Exception as error:
+        raise UserError(f"backbone.weights={file}: not a file of plain tensors ({type(error).__name__})") from error
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = content.items() if isinstance(content, dict) else ()
+    return {key: value for key, value in tensors if isinstance(value, Tensor)}
+
+
+def _best_match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the wanted names, with whichever prefix ("module.", "method.backbone.") fits most of them."""
+    last = next(reversed(wanted))
+    prefixes = {key.removesuffix(last) for key in found if key.endswith(last)} | {""}
+    matches = [
+        {key: found[p + key] for key, value in wanted.items() if p + key in found and found[p + key].shape == value.shape}
+        for p in prefixes
+    ]
+    return max(matches, key=len)
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() for the names"

@@ -1,0 +1,128 @@
+"""Checkpoints: plain containers and tensors, written whole or not at all, read without executing anything."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import nn
+
+from twoview.backbones import create_backbone
+from twoview.data import Preprocess
+from twoview.errors import UserError
+
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+PREFIX = "method.backbone."
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, and renames: a killed run leaves the previous checkpoint as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class SaveCheckpoints(L.Callback):
+    """``last.ckpt`` after every check and at the end of the run, ``best.ckpt`` whenever the score improves.
+
+    Args:
+        folder: where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best = float("-inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+        self.best = state_dict["best"]
+
+    def checked(self, trainer: L.Trainer, score: float) -> None:
+        """Save after a check of the features; a greater score is better."""
+        if score > self.best:
+            self.best = score
+            trainer.save_checkpoint(self.folder / BEST)
+        trainer.save_checkpoint(self.folder / LAST)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end of the run."""
+        trainer.save_checkpoint(self.folder / LAST)
+
+
+def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """A twoview checkpoint as plain containers and tensors on the CPU.
+
+    Args:
+        checkpoint: a run folder, whose last checkpoint is taken, or a file.
+
+    Raises:
+        UserError: nothing there, or no checkpoint of twoview.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        path = next((p for p in (path / "checkpoints" / LAST, path / LAST) if p.exists()), path)
+    if not path.is_file():
+        raise UserError(f"checkpoint={checkpoint}: there is no checkpoint; give a run folder or one of its .ckpt files")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint={checkpoint}: cannot be read as a checkpoint ({type(error).__name__}); "
+            "give a run folder or one of its .ckpt files"
+        ) from error
+    if not isinstance(content, dict) or "twoview" not in content:
+        raise UserError(f"checkpoint={checkpoint}: was not written by twoview; load foreign weights with backbone.weights=FILE")
+    content["path"] = str(path)
+    return content
+
+
+def rebuild(content: dict[str, Any]) -> tuple[nn.Module, Preprocess]:
+    """Backbone and preprocessing of a checkpoint that was read; see :func:`load`."""
+    card = content["twoview"]
+    backbone, _ = create_backbone(**card["backbone"])
+    weights = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
+    try:
+        backbone.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"checkpoint={content['path']}: its weights do not fit {card['backbone']['name']} as this version of timm "
+            f"builds it ({str(error).splitlines()[-1].strip()}); use the timm of the run, {card['versions']['timm']}"
+        ) from error
+    return backbone.eval(), Preprocess(card["image_size"], card["mean"], card["std"])
+
+
+def load(checkpoint: str | Path) -> tuple[nn.Module, Preprocess]:
+    """Trained backbone and its preprocessing, for anyone's own code.
+
+    >>> backbone, preprocess = twoview.load("runs/2026-01-31/12-00-00-000000")  # doctest: +SKIP
+    >>> features = backbone(preprocess(images))                                 # doctest: +SKIP
+
+    Args:
+        checkpoint: a run folder, whose last checkpoint is taken, or a file.
+
+    Returns:
+        The backbone ``fp32 [N, C, H, W] -> [N, F]`` in evaluation mode on the CPU, and the preprocessing
+        ``uint8 [N, C, H, W]`` or PIL image ``-> fp32 [N, C, image_size, image_size]``.
+
+    Raises:
+        UserError: nothing there, or no checkpoint of twoview.
+    """
+    return rebuild(read_checkpoint(checkpoint))

@@ -1,0 +1,258 @@
+"""The command line, and the only place that knows Hydra: composition, mistakes in one sentence, the table at the end."""
+
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twoview.errors import UserError
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).resolve().parent
+# In the wheel beside this file, in a clone at its root.
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"
+
+_mistakes: list[str] = []
+
+
+def main() -> None:
+    """Run the command line; exits with 2 for a mistake of the user's, with 1 if a run of a sweep failed."""
+    flags = [a for a in sys.argv[1:] if a.startswith("-")]
+    overrides = [quoted(a) for a in sys.argv[1:] if not a.startswith("-")]
+    sweep = any(flag in ("-m", "--multirun") for flag in flags)
+    try:
+        # Other flags ask Hydra for something else than a run: help, the configuration, shell completion.
+        if sweep or not flags:
+            check_overrides(overrides, sweep)
+            sys.argv[1:] = [*flags, *overrides]
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+        if _mistakes and not sweep:
+            raise UserError(_mistakes[0])
+    except UserError as error:
+        print(f"twoview: {error}", file=sys.stderr)
+        sys.exit(2)
+    if _mistakes:
+        print(f"twoview: {len(_mistakes)} runs of the sweep failed:", *_mistakes, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """One run; what it returns is what a sweeper optimises."""
+    try:
+        return _run(cfg)
+    except Exception as error:
+        mistake = next((e for e in _causes(error) if isinstance(e, UserError)), None)
+        if mistake is None or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs go on
+            mistake = UserError(f"{' '.join(HydraConfig.get().overrides.task)}: {mistake}")
+            log.error("%s", mistake)
+        _mistakes.append(str(mistake))
+        return None
+
+
+def _run(cfg: DictConfig) -> float | None:
+    from twoview.runs import SELECTABLE  # only now: a mistyped knob should not wait for torch
+
+    select_by = cfg.get("select_by")
+    if select_by not in (None, *SELECTABLE):
+        raise UserError(f"select_by={select_by}: choose one of {', '.join(SELECTABLE)}")
+    result = hydra.utils.instantiate(cfg.task, _convert_="all")
+    if not isinstance(result, Mapping):
+        return None
+    if "results" in result:
+        _print_table(result)
+    value = result.get("figures", {}).get(select_by)
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _print_table(report: Mapping[str, Any]) -> None:
+    import rich
+    from rich.table import Table
+
+    names = {"trained": report["method"], "random initialisation": "random initialisation", "raw pixels": "raw pixels"}
+    table = Table(title=f"{report['data']}: top-1 on {report['protocol']['test_images']} test images")
+    table.add_column("features")
+    probes = list(report["results"]["trained"])
+    titles = {"linear": "linear probe", "knn": "kNN"}
+    for probe in probes:
+        table.add_column(titles[probe], justify="right")
+        table.add_column("chosen on held-out training labels")
+    for key, row in report["results"].items():
+        cells = [names[key]]
+        for probe in probes:
+            result = row[probe]
+            chosen = f"L2 {result['l2']:g}" if probe == "linear" else f"k {result['k']}, T {result['temperature']:g}"
+            cells += [f"{100 * result['test_top1']:.1f} %", f"{chosen} ({100 * result['val_top1']:.1f} %)"]
+        table.add_row(*cells)
+    rich.print(table)
+    folder = os.path.relpath(report["run_dir"])
+    print(f"report: {folder}/report.json")
+    if report["task"] == "pretrain":
+        print(f"again:  python train.py task=linear_probe data={report['data']} checkpoint={folder}")
+
+
+def quoted(argument: str) -> str:
+    """``key=value`` with the value quoted where Hydra's grammar cannot read it, such as ``data.root=/x/München``."""
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        key, equals, value = argument.partition("=")
+        if equals and re.fullmatch(r"[~+]{0,2}[\w./@:-]+", key):
+            value = value.replace("\\", "\\\\").replace("'", "\\'")
+            return f"{key}='{value}'"
+    return argument
+
+
+def check_overrides(overrides: list[str], sweep: bool = False) -> None:
+    """Refuse overrides that the configuration cannot take, before anything heavy is imported.
+
+    Args:
+        overrides: as on the command line, already quoted.
+        sweep: whether ``a=1,2`` means two runs.
+
+    Raises:
+        UserError: one sentence that names the knob, its value and the nearest valid one.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise UserError(f"{text}: write KEY=VALUE, such as method.temperature=0.2") from None
+        if override.is_sweep_override():
+            if not sweep:
+                raise UserError(f"{text}: several values are a sweep; add -m, or quote the value if it is one")
+            if not override.is_discrete_sweep():
+                continue
+            override = parser.parse_override(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
+        parsed.append(override)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        groups = [o for o in parsed if _choices(o.key_or_group)]
+        _check_groups(groups)
+        base = hydra.compose("config", _texts(groups))
+        for override in parsed:
+            if override not in groups and not override.key_or_group.startswith("hydra"):
+                _check_value(override, base)
+        try:
+            cfg = hydra.compose("config", _texts(parsed))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(str(error).splitlines()[0]) from None
+        if missing := [key for key, value in _knobs(cfg).items() if value == "???"]:
+            raise UserError(f"{missing[0]} is missing: give {missing[0]}=VALUE")
+
+
+def _check_groups(groups: list[Override]) -> None:
+    for override in groups:
+        group, choice, choices = override.key_or_group, override.value(), _choices(override.key_or_group)
+        if choice is not None and choice not in choices:
+            raise UserError(
+                f"{group}={choice}: there is no {group} {str(choice)!r}; {_nearest(str(choice), choices)}"
+                f"choose one of {', '.join(choices)}"
+            )
+    # The task and the experiment first: they say which other groups there are.
+    good: list[str] = []
+    for override in sorted(groups, key=lambda o: ("task", "experiment").index(o.key_or_group) if o.key_or_group in ("task", "experiment") else 9):
+        try:
+            hydra.compose("config", [*good, *_texts([override])])
+        except HydraException as error:
+            task = next((o.value() for o in groups if o.key_or_group == "task"), "pretrain")
+            if f"Could not override '{override.key_or_group}'" not in str(error):
+                raise UserError(str(error).splitlines()[0]) from None
+            raise UserError(
+                f"{override.input_line}: task={task} does not use {override.key_or_group}; leave it out"
+            ) from None
+        good += _texts([override])
+
+
+def _check_value(override: Override, base: DictConfig) -> None:
+    key, value, knobs = override.key_or_group, override.value(), _knobs(base)
+    if override.is_add() or override.is_delete():
+        return
+    free = any(knobs.get(key.rsplit(".", i)[0]) == {} for i in range(1, key.count(".") + 1))  # {}: takes any key
+    if key not in knobs and not free:
+        groups = GlobalHydra.instance().config_loader().list_groups("")
+        raise UserError(
+            f"{key}={value}: this task has no knob {key!r}; {_nearest(key, [*knobs, *groups])}--cfg job shows all of them"
+        )
+    before = knobs.get(key)
+    wanted = next((words for kind, words in _KINDS if isinstance(before, kind)), None)
+    if wanted and value is not None and not _fits(before, value):
+        raise UserError(f"{key}={value}: give {wanted}, such as {before}")
+
+
+_KINDS: list[tuple[type, str]] = [
+    (bool, "true or false"),
+    (int, "a whole number"),
+    (float, "a number"),
+    (list, "a list"),
+    (dict, "a mapping"),
+]
+
+
+def _fits(before: Any, value: Any) -> bool:
+    match before:
+        case bool():
+            return isinstance(value, bool)
+        case int():
+            return isinstance(value, int) and not isinstance(value, bool)
+        case float():
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case list():
+            return isinstance(value, list)
+        case _:
+            return isinstance(value, dict)
+
+
+def _choices(group: str) -> list[str]:
+    return list(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _texts(overrides: Iterable[Override]) -> list[str]:
+    return [str(o.input_line) for o in overrides]
+
+
+def _knobs(cfg: DictConfig) -> dict[str, Any]:
+    """Every knob by its dotted name, mappings included, as written: interpolations are left alone."""
+
+    def flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        knobs = {}
+        for key, value in node.items():
+            knobs[prefix + key] = value
+            if isinstance(value, dict):
+                knobs |= flat(value, f"{prefix}{key}.")
+        return knobs
+
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    # The wiring of a task repeats the groups.
+    return flat({str(key): value for key, value in plain.items() if key != "task"}, "")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _causes(error: BaseException) -> Iterable[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__

@@ -1,0 +1,50 @@
+"""Projection heads: features ``[N, F]`` to embeddings ``[N, D]``; thrown away after pretraining."""
+
+from torch import nn
+
+from twoview.errors import UserError
+
+
+def projection_head(
+    in_dim: int,
+    hidden_dim: int = 2048,
+    out_dim: int = 128,
+    layers: int = 2,
+    hidden_bn: bool = True,
+    last_bn: bool = True,
+    last_affine: bool = True,
+) -> nn.Sequential:
+    """Multi-layer perceptron with ReLU between its layers.
+
+    SimCLR (google-research/simclr, model_util.py): 2 or 3 layers, BatchNorm after each. MoCo v1: one linear layer;
+    v2: two layers without BatchNorm (facebookresearch/moco, builder.py). MoCo v3: BatchNorm after each, the last
+    without scale and shift (facebookresearch/moco-v3, builder.py).
+
+    Args:
+        in_dim: width F of the features.
+        hidden_dim: width of the layers between.
+        out_dim: width D of the embeddings.
+        layers: 1 to 3 linear layers.
+        hidden_bn: BatchNorm after every layer but the last.
+        last_bn: BatchNorm after the last layer.
+        last_affine: whether that last BatchNorm has scale and shift.
+
+    Raises:
+        UserError: sizes below 1, or a number of layers out of range.
+    """
+    if layers not in (1, 2, 3):
+        raise UserError(f"head.layers={layers}: choose 1, 2 or 3")
+    for knob, value in (("hidden_dim", hidden_dim), ("out_dim", out_dim)):
+        if value < 1:
+            raise UserError(f"head.{knob}={value}: must be at least 1")
+    modules: list[nn.Module] = []
+    widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+    for i in range(layers):
+        last = i == layers - 1
+        bn = last_bn if last else hidden_bn
+        modules.append(nn.Linear(widths[i], widths[i + 1], bias=not bn))
+        if bn:
+            modules.append(nn.BatchNorm1d(widths[i + 1], affine=last_affine or not last))
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)

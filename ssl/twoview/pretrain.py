@@ -1,0 +1,123 @@
+"""The Lightning shell around a method: augmentation, optimiser, schedule, precision."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from twoview.augment import TwoViews
+from twoview.backbones import is_depthwise
+from twoview.data import Batch
+from twoview.errors import UserError
+from twoview.methods import Method, Step
+from twoview.optim import Optimization
+
+
+class Pretraining(L.LightningModule):
+    """Trains a method on two views of unlabelled images.
+
+    Args:
+        method: backbone and head, and how their loss is made.
+        augment: makes the two views.
+        optimization: the optimiser to be.
+        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
+        global_batch: images in one optimiser step.
+        seed: of image order and augmentation.
+        card: plain values that travel in the checkpoint, see :func:`twoview.load`.
+        channels_last: memory layout of images and kernels.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        augment: TwoViews,
+        optimization: Optimization,
+        schedule: Callable[[float, float], float],
+        global_batch: int,
+        seed: int = 0,
+        card: dict[str, Any] | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.method: Method = method.to(memory_format=layout)  # type: ignore[call-overload]
+        self.layout = layout
+        self.augment, self.optimization, self.schedule = augment, optimization, schedule
+        self.global_batch, self.seed, self.card = global_batch, seed, card or {}
+        self.total_steps: float = math.inf  # known from the start, or once trainer.max_time has been turned into steps
+        self.step: Step | None = None
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimiser at the learning rate scaled for the global batch."""
+        return self.optimization.build(self.method, self.global_batch)
+
+    def on_fit_start(self) -> None:
+        """Learn the length of the run."""
+        if self.trainer.max_epochs != -1 or self.trainer.max_steps != -1:
+            self.total_steps = float(self.trainer.estimated_stepping_batches)
+
+    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both views of uint8 ``[N, C, H, W]``, drawn from (seed, batch counter, rank)."""
+        counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        view_a, view_b = self.augment(pixels, key=(self.seed, counter, self.global_rank))
+        return view_a.to(memory_format=self.layout), view_b.to(memory_format=self.layout)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Two views, one loss."""
+        self.step = self.method(*self.views(batch.pixels), batch.ids, batch.labels)
+        return self.step.loss
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Learning rate by the schedule, update, then the method's own state."""
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        factor = self.schedule(self.global_step / steps_per_epoch, self.total_steps / steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.method.after_update((self.global_step + 1) / self.total_steps)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Let the method move its state, once the loss has been used."""
+        if self.step is not None:
+            self.method.after_batch(self.step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything that :func:`twoview.load` needs, as plain values."""
+        checkpoint["twoview"] = {**self.card, "total_steps": self.total_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the length of the run that was fixed before."""
+        self.total_steps = checkpoint["twoview"]["total_steps"]
+
+
+def choose_precision(precision: str, backbone: torch.nn.Module, device: torch.device) -> str:
+    """Lightning's name of the precision to train in.
+
+    Args:
+        precision: "auto" or any of Lightning's. "auto" is bf16 autocast where the device has it natively and the network
+            is not mostly depthwise (slower in bf16 on a CPU), else fp32.
+        backbone: the network.
+        device: where it will be trained.
+
+    Raises:
+        UserError: fp16 on a CPU, where it takes minutes for one batch.
+    """
+    if device.type == "cpu" and precision.startswith("16"):
+        raise UserError(f"trainer.precision={precision}: a CPU cannot train in fp16; use auto, bf16-mixed or 32-true")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and not is_depthwise(backbone)
+    return "bf16-mixed" if native else "32-true"

@@ -1,0 +1,412 @@
+"""What a user does with twoview, as plain typed functions: pretrain, judge, preview. No configuration system here."""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from twoview import __version__
+from twoview.augment import TwoViews
+from twoview.backbones import create_backbone
+from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, read_checkpoint, rebuild
+from twoview.data import ImageArrays, ImageData, Preprocess
+from twoview.errors import UserError
+from twoview.evaluate import Protocol, extract, judge, split_holdout
+from twoview.methods import Method
+from twoview.monitors import Bar, KnnCheck, TimeLimit, Watch
+from twoview.optim import Optimization, describe_groups
+from twoview.pretrain import Pretraining, choose_precision
+
+log = logging.getLogger(__name__)
+
+SELECTABLE = ("val/linear_top1", "val/knn_top1")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and on what a run trains.
+
+    Args:
+        max_epochs: passes over the images; None if ``max_time`` is given.
+        max_time: time for training instead, as "15m", "2h", "90s" or "HH:MM:SS"; it becomes a number of steps.
+        accelerator: "auto", "cpu", "gpu" or "mps".
+        devices: processes, one device each.
+        precision: "auto", or any precision of Lightning's; see :func:`twoview.pretrain.choose_precision`.
+        accumulate: batches in one optimiser step; adds no negatives.
+        clip: greatest norm of the gradient, None for no limit.
+        log_every: steps between logged figures.
+        check_every: epochs between kNN checks of the features, 0 for none.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_epochs: int | None = 100
+    max_time: str | None = None
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "auto"
+    accumulate: int = 1
+    clip: float | None = None
+    log_every: int = 10
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.max_epochs is None) == (self.max_time is None):
+            raise UserError(
+                f"trainer.max_epochs={self.max_epochs} trainer.max_time={self.max_time}: give one, and null for the other"
+            )
+        for knob, least in (("max_epochs", 1), ("devices", 1), ("accumulate", 1), ("log_every", 1), ("check_every", 0)):
+            value = getattr(self, knob)
+            if value is not None and value < least:
+                raise UserError(f"trainer.{knob}={value}: must be at least {least}")
+        _ = self.seconds
+
+    @property
+    def seconds(self) -> float | None:
+        """``max_time`` in seconds."""
+        if self.max_time is None:
+            return None
+        text = str(self.max_time)
+        try:
+            if text[-1] in "smh":
+                seconds = float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
+            else:
+                hours, minutes, rest = (int(part) for part in text.split(":"))
+                seconds = hours * 3600.0 + minutes * 60 + rest
+        except ValueError:
+            seconds = -1.0
+        if seconds <= 0:
+            raise UserError(f"trainer.max_time={text}: give a time above 0 such as 15m, 2h, 90s or 01:30:00")
+        return seconds
+
+
+def pretrain(
+    data: ImageData | Callable[[], ImageData],
+    method: Callable[[nn.Module, nn.Module], Method],
+    backbone: Mapping[str, Any],
+    head: Callable[[int], nn.Module],
+    augment: Callable[..., TwoViews],
+    optimization: Optimization,
+    schedule: Callable[[float, float], float],
+    training: Training | None = None,
+    protocol: Protocol | None = None,
+    loggers: Sequence[Any] = (),
+    seed: int = 0,
+    run_dir: str | Path = "run",
+) -> dict[str, Any]:
+    """Pretrain a backbone without labels, then judge its features.
+
+    Args:
+        data: the images, or what loads them; it is called after everything cheap has been checked.
+        method: makes a method of a backbone and a head, such as ``twoview.methods.SimCLR``.
+        backbone: arguments of :func:`twoview.backbones.create_backbone`; channels and size must be those of the images.
+        head: makes a head for features of a width.
+        augment: makes the views; called with ``image_size``, ``channels``, ``mean`` and ``std`` of the images.
+        optimization: the optimiser to be.
+        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
+        training: how long and on what.
+        protocol: how the features are judged; None for not at all.
+        loggers: Lightning loggers.
+        seed: of initialisation, image order, augmentation and held-out split.
+        run_dir: folder for checkpoints and ``report.json``; made if missing.
+
+    Returns:
+        The report, as written to ``report.json``.
+
+    Raises:
+        UserError: a mistake in the arguments, before training starts.
+    """
+    training, run_dir = training or Training(), Path(run_dir)
+    L.seed_everything(seed, workers=True, verbose=False)
+    network, width = create_backbone(**backbone)
+    built = method(network, head(width))
+    images = data() if callable(data) else data
+    if (images.channels, images.image_size) != (network.build_arguments["in_chans"], network.build_arguments["image_size"]):
+        raise UserError(
+            f"data: images of {images.channels}x{images.image_size}x{images.image_size} do not fit a backbone made for "
+            f"in_chans={network.build_arguments['in_chans']}, image_size={network.build_arguments['image_size']}"
+        )
+    images.seed = seed
+    mean, std = images.mean_std
+    views = augment(image_size=images.image_size, channels=images.channels, mean=mean, std=std)
+    fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
+    card = {
+        "backbone": network.build_arguments,
+        "method": type(built).__name__,
+        "data": images.name,
+        "mean": mean,
+        "std": std,
+        "image_size": images.image_size,
+        "channels": images.channels,
+        "classes": images.classes,
+        "seed": seed,
+        "versions": _versions(),
+    }
+    global_batch = images.batch_size * training.accumulate
+    module = Pretraining(built, views, optimization, schedule, global_batch, seed, card)
+    preprocess = Preprocess(images.image_size, mean, std)
+    save = SaveCheckpoints(run_dir / "checkpoints")
+    check = KnnCheck(
+        _subset(images.train, fit), _subset(images.train, held), len(images.classes), preprocess, training.check_every, save=save
+    )
+    trainer = _trainer(training, network, [Watch(), check, save, Bar()], loggers, run_dir)
+    for line in describe_groups(optimization.build(built, global_batch)):
+        log.info("%s", line)
+    log.info(
+        "%s on %s: %d images, %s, batch %d, %s, %s",
+        card["method"],
+        images.name,
+        len(images.pretrain),
+        network.build_arguments["name"],
+        images.batch_size,
+        trainer.strategy.root_device,
+        trainer.precision,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=images)
+    seconds = time.perf_counter() - start
+    seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images.batch_size
+    report = _report("pretrain", card, seed, run_dir) | {
+        "training": {
+            "epochs": round(seen / len(images.pretrain), 2),
+            "steps": trainer.global_step,
+            "images_seen": seen,
+            "seconds": round(seconds, 1),
+            "batch_size": images.batch_size,
+            "precision": str(trainer.precision),
+            "device": _device_name(trainer.strategy.root_device),
+            "base_lr": optimization.build(built, global_batch).param_groups[0]["base_lr"],
+        }
+    }
+    if protocol is not None:
+        report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"))
+    return _write(report, run_dir)
+
+
+def linear_probe(
+    checkpoint: str | Path,
+    data: ImageData | Callable[..., ImageData],
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    run_dir: str | Path = "run",
+) -> dict[str, Any]:
+    """Judge the backbone of a checkpoint by a linear probe on any labelled images.
+
+    Args:
+        checkpoint: run folder or file.
+        data: the images, or what loads them; it is called with ``image_size`` and ``channels`` of the checkpoint.
+        protocol: what is tried, and whether random initialisation and raw pixels are judged too.
+        seed: of the held-out split and of random initialisation.
+        run_dir: folder for ``report.json``; made if missing.
+
+    Returns:
+        The report, as written to ``report.json``.
+
+    Raises:
+        UserError: no checkpoint there, or images that do not fit it.
+    """
+    return _judge_checkpoint("linear_probe", checkpoint, data, protocol, seed, run_dir, ("linear",))
+
+
+def knn(
+    checkpoint: str | Path,
+    data: ImageData | Callable[..., ImageData],
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    run_dir: str | Path = "run",
+) -> dict[str, Any]:
+    """Judge the backbone of a checkpoint by k nearest neighbours; arguments and results as :func:`linear_probe`."""
+    return _judge_checkpoint("knn", checkpoint, data, protocol, seed, run_dir, ("knn",))
+
+
+def preview(
+    data: ImageData | Callable[[], ImageData],
+    augment: Callable[..., TwoViews],
+    images: int = 8,
+    pairs: int = 4,
+    seed: int = 0,
+    run_dir: str | Path = "run",
+) -> Path:
+    """Write ``views.png``: a row an image, the original first, then pairs of its two views.
+
+    Args:
+        data: the images, or what loads them.
+        augment: makes the views, as for :func:`pretrain`.
+        images: rows.
+        pairs: pairs of views in a row.
+        seed: of the views.
+        run_dir: folder for the picture; made if missing.
+
+    Returns:
+        Path of the picture.
+    """
+    loaded = data() if callable(data) else data
+    mean, std = loaded.mean_std
+    views = augment(image_size=loaded.image_size, channels=loaded.channels, mean=mean, std=std)
+    pixels = loaded.pretrain.pixels[:images]
+    columns = [pixels]
+    for i in range(pairs):
+        for view in views(pixels, key=(seed, i)):
+            restored = view * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+            columns.append((restored * 255).round().clamp(0, 255).to(torch.uint8))
+    grid = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
+    # A picture has one or three channels: of others the first is shown.
+    grid = grid if len(grid) == 3 else grid[:1].expand(3, -1, -1)
+    path = Path(run_dir) / "views.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)
+    log.info("originals on the left, then %d pairs of views: %s", pairs, path)
+    return path
+
+
+def _judge_checkpoint(
+    task: str,
+    checkpoint: str | Path,
+    data: ImageData | Callable[..., ImageData],
+    protocol: Protocol | None,
+    seed: int,
+    run_dir: str | Path,
+    probes: Sequence[str],
+) -> dict[str, Any]:
+    content = read_checkpoint(checkpoint)
+    backbone, preprocess = rebuild(content)
+    card = content["twoview"]
+    images = data(image_size=card["image_size"], channels=card["channels"]) if callable(data) else data
+    if images.channels != card["channels"]:
+        raise UserError(f"data: {images.name} has {images.channels} channels, the checkpoint wants {card['channels']}")
+    report = _report(task, card | {"data": images.name}, seed, Path(run_dir)) | {"checkpoint": content["path"]}
+    return _write(report | _judged(backbone, preprocess, card, images, protocol or Protocol(), seed, probes), Path(run_dir))
+
+
+def _judged(
+    backbone: nn.Module,
+    preprocess: Preprocess,
+    card: Mapping[str, Any],
+    images: ImageData,
+    protocol: Protocol,
+    seed: int,
+    probes: Sequence[str],
+) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def features_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda pixels: extract(network, pixels, preprocess, device)
+
+    sources: dict[str, Callable[[Tensor], Tensor]] = {"trained": features_of(backbone)}
+    if protocol.baselines:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            sources["random initialisation"] = features_of(create_backbone(**card["backbone"])[0])
+        sources["raw pixels"] = lambda pixels: pixels.cpu().flatten(1).float() / 255
+    results = {}
+    for name, features in sources.items():
+        log.info("evaluation: %s", name)
+        train, test = features(images.train.pixels), features(images.test.pixels)
+        results[name] = judge(train, images.train.labels, test, images.test.labels, protocol, seed, probes)
+    trained = results["trained"]
+    return {
+        "results": results,
+        "protocol": {**asdict(protocol), "train_images": len(images.train), "test_images": len(images.test)},
+        "figures": {f"val/{probe}_top1": trained[probe]["val_top1"] for probe in probes},
+    }
+
+
+def _trainer(
+    training: Training, network: nn.Module, callbacks: list[L.Callback], loggers: Sequence[Any], run_dir: Path
+) -> L.Trainer:
+    if training.seconds is not None:
+        callbacks.append(TimeLimit(training.seconds))
+    arguments: dict[str, Any] = {"accelerator": training.accelerator, "devices": training.devices}
+    try:
+        device = L.Trainer(**arguments, logger=False, enable_checkpointing=False).strategy.root_device
+    except Exception as error:
+        raise UserError(
+            f"trainer.accelerator={training.accelerator} trainer.devices={training.devices}: {str(error).splitlines()[0]}"
+        ) from error
+    # What Lightning says at start is for its own users; loader workers are a choice here, not an oversight.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    return L.Trainer(
+        **arguments,
+        precision=choose_precision(training.precision, network, device),  # type: ignore[arg-type]
+        max_epochs=training.max_epochs or -1,
+        accumulate_grad_batches=training.accumulate,
+        gradient_clip_val=training.clip,
+        log_every_n_steps=training.log_every,
+        callbacks=callbacks,
+        logger=list(loggers),
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+
+
+def _subset(images: ImageArrays, positions: Tensor) -> ImageArrays:
+    return ImageArrays(images.pixels[positions], images.labels[positions])
+
+
+def _report(task: str, card: Mapping[str, Any], seed: int, run_dir: Path) -> dict[str, Any]:
+    return {
+        "task": task,
+        "method": card["method"],
+        "data": card["data"],
+        "backbone": dict(card["backbone"]),
+        "seed": seed,
+        "run_dir": str(run_dir),
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": _versions(),
+        "commit": _commit(),
+        "hardware": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def _write(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f"report.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(run_dir / "report.json")
+    return report
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "lightning", "timm", "kornia", "scikit-learn")
+    return {"twoview": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def _commit() -> str | None:
+    """Commit of the clone this code is in, with a plus where it was changed; None if it is installed."""
+    here = Path(__file__).resolve().parent
+    if here.parent.name != "ssl":
+        return None
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
