@@ -38,6 +38,8 @@ class TwoViews(nn.Module):
         blur_sigma: least and greatest deviation of the blur in pixels.
         solarize: probability of inverting all values above one half.
         view_b: what differs for the second view, such as ``{"blur": 0.1, "solarize": 0.2}``; empty for equal recipes.
+        mirror: whether these images bear to be mirrored; if not, flips are left out, which is said once.
+        least_crop: share of the area below which a crop says too little of these images; the recipe is cut to it.
 
     Raises:
         UserError: a value out of range, or an unknown key in ``view_b``.
@@ -60,26 +62,39 @@ class TwoViews(nn.Module):
         blur_sigma: Sequence[float] = (0.1, 2.0),
         solarize: float = 0.0,
         view_b: Mapping[str, Any] | None = None,
+        mirror: bool = True,
+        least_crop: float = 0.0,
     ) -> None:
         super().__init__()
         recipe: dict[str, Any] = {
-            "crop_scale": crop_scale,
+            "crop_scale": list(crop_scale),
             "crop_ratio": crop_ratio,
             "interpolation": interpolation,
             "flip": flip,
-            "jitter": jitter,
+            "jitter": list(jitter),
             "jitter_p": jitter_p,
             "gray": gray,
             "blur": blur,
             "blur_sigma": blur_sigma,
             "solarize": solarize,
         }
-        other = {**recipe, **(view_b or {})}
+        given, other = dict(recipe), {**recipe, **(view_b or {})}
         if unknown := other.keys() - recipe.keys():
             raise UserError(f"augment.view_b: unknown {', '.join(sorted(unknown))}; choose from {', '.join(recipe)}")
+        for view in (recipe, other):
+            _check(view)
+            view |= _borne(view, channels, mirror, least_crop)
+        if left_out := [knob for knob in recipe if recipe[knob] != given[knob]]:
+            log.info(
+                "augment: these images (%d channels%s%s) do not bear the whole recipe; changed: %s",
+                channels,
+                "" if mirror else ", not to be mirrored",
+                f", crops from {least_crop:g} of the area" if least_crop else "",
+                ", ".join(f"{knob} to {recipe[knob]}" for knob in left_out),
+            )
         self.channels = channels
-        self.operations_a = _operations(recipe, image_size, channels)
-        self.operations_b = None if other == recipe else _operations(other, image_size, channels)
+        self.operations_a = _operations(recipe, image_size)
+        self.operations_b = None if other == recipe else _operations(other, image_size)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -124,13 +139,17 @@ class TwoViews(nn.Module):
         return images.sub(self.mean).div_(self.std)
 
 
-def _operations(recipe: Mapping[str, Any], image_size: int, channels: int) -> nn.Sequential:
-    _check(recipe)
+def _borne(recipe: Mapping[str, Any], channels: int, mirror: bool, least_crop: float) -> dict[str, Any]:
+    """The recipe cut to what the images bear: saturation, hue and greyscale need three channels."""
+    low, high = recipe["crop_scale"]
+    borne = {**recipe, "crop_scale": [max(low, least_crop), max(high, least_crop)], "jitter": list(recipe["jitter"])}
+    if channels != 3:
+        borne |= {"jitter": [*recipe["jitter"][:2], 0.0, 0.0], "gray": 0.0}
+    return borne if mirror else borne | {"flip": 0.0}
+
+
+def _operations(recipe: Mapping[str, Any], image_size: int) -> nn.Sequential:
     brightness, contrast, saturation, hue = recipe["jitter"]
-    gray = recipe["gray"]
-    if channels != 3 and (saturation or hue or gray):
-        log.info("augment: saturation, hue and greyscale need 3 channels and are left out for data.channels=%d", channels)
-        saturation = hue = gray = 0.0
     kernel = max(3, image_size // 10 | 1)
     operations: list[nn.Module] = [
         # "slice" equals torchvision.transforms.functional.resized_crop without antialias to the last bit.
@@ -147,8 +166,8 @@ def _operations(recipe: Mapping[str, Any], image_size: int, channels: int) -> nn
         operations.append(K.RandomHorizontalFlip(p=recipe["flip"]))
     if recipe["jitter_p"] and (brightness or contrast or saturation or hue):
         operations.append(K.ColorJitter(brightness, contrast, saturation, hue, p=recipe["jitter_p"]))
-    if gray:
-        operations.append(K.RandomGrayscale(p=gray))
+    if recipe["gray"]:
+        operations.append(K.RandomGrayscale(p=recipe["gray"]))
     if recipe["blur"]:
         operations.append(K.RandomGaussianBlur((kernel, kernel), tuple(recipe["blur_sigma"]), p=recipe["blur"]))
     if recipe["solarize"]:

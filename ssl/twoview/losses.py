@@ -176,7 +176,7 @@ def contrast(
             weight = 2 - torch.softmax(positive / sigma, 0) * len(positive)
             loss = log_sum(1) - weight.detach() * s_positive
         case "debiased" | "hard":
-            log_count = count.clamp(min=1).log()
+            log_count = count.clamp(min=1).to(similarity.dtype).log()
             log_mean = log_sum(1) - log_count if variant == "debiased" else log_sum(1 + beta) - log_sum(beta)
             log_g = _log_debiased(log_mean, s_positive, tau_plus, floor=-1 / temperature)
             loss = torch.logaddexp(s_positive, log_g + log_count) - s_positive

@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor, nn
 
@@ -117,7 +118,7 @@ def pretrain(
         method: makes a method of a backbone and a head, such as ``twoview.methods.SimCLR``.
         backbone: arguments of :func:`twoview.backbones.create_backbone`; channels and size must be those of the images.
         head: makes a head for features of a width.
-        augment: makes the views; called with ``image_size``, ``channels``, ``mean`` and ``std`` of the images.
+        augment: makes the views, such as ``TwoViews``; called with the images' ``view_limits``.
         optimization: the optimiser to be.
         schedule: ``(epoch, epochs) -> factor`` of the learning rate.
         training: how long and on what.
@@ -144,7 +145,7 @@ def pretrain(
         )
     images.seed = seed
     mean, std = images.mean_std
-    views = augment(image_size=images.image_size, channels=images.channels, mean=mean, std=std)
+    views = augment(**images.view_limits)
     fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
     card = {
         "backbone": network.build_arguments,
@@ -257,13 +258,12 @@ def preview(
         Path of the picture.
     """
     loaded = data() if callable(data) else data
-    mean, std = loaded.mean_std
-    views = augment(image_size=loaded.image_size, channels=loaded.channels, mean=mean, std=std)
+    views = augment(**loaded.view_limits)
     pixels = loaded.pretrain.pixels[:images]
     columns = [pixels]
     for i in range(pairs):
         for view in views(pixels, key=(seed, i)):
-            restored = view * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+            restored = view * views.std + views.mean
             columns.append((restored * 255).round().clamp(0, 255).to(torch.uint8))
     grid = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
     # A picture has one or three channels: of others the first is shown.
@@ -303,7 +303,7 @@ def _judged(
     seed: int,
     probes: Sequence[str],
 ) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
 
     def features_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda pixels: extract(network, pixels, preprocess, device)
@@ -332,32 +332,42 @@ def _trainer(
 ) -> L.Trainer:
     if training.seconds is not None:
         callbacks.append(TimeLimit(training.seconds))
-    arguments: dict[str, Any] = {"accelerator": training.accelerator, "devices": training.devices}
-    try:
-        device = L.Trainer(**arguments, logger=False, enable_checkpointing=False).strategy.root_device
-    except Exception as error:
-        raise UserError(
-            f"trainer.accelerator={training.accelerator} trainer.devices={training.devices}: {str(error).splitlines()[0]}"
-        ) from error
     # What Lightning says at start is for its own users; loader workers are a choice here, not an oversight.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    return L.Trainer(
-        **arguments,
-        precision=choose_precision(training.precision, network, device),  # type: ignore[arg-type]
-        max_epochs=training.max_epochs or -1,
-        accumulate_grad_batches=training.accumulate,
-        gradient_clip_val=training.clip,
-        log_every_n_steps=training.log_every,
-        callbacks=callbacks,
-        logger=list(loggers),
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run_dir,
-    )
+    warnings.filterwarnings("ignore", ".*(does not have many workers|Experiment logs directory|LeafSpec|logging interval).*")
+    try:
+        return L.Trainer(
+            accelerator=training.accelerator,
+            devices=training.devices,
+            precision=choose_precision(training.precision, network, _device(training.accelerator)),  # type: ignore[arg-type]
+            max_epochs=training.max_epochs or -1,
+            accumulate_grad_batches=training.accumulate,
+            gradient_clip_val=training.clip,
+            log_every_n_steps=training.log_every,
+            callbacks=callbacks,
+            logger=list(loggers),
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=run_dir,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"trainer.accelerator={training.accelerator} trainer.devices={training.devices} "
+            f"trainer.precision={training.precision}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _device(accelerator: str = "auto") -> torch.device:
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def _subset(images: ImageArrays, positions: Tensor) -> ImageArrays:
@@ -385,10 +395,12 @@ def _report(task: str, card: Mapping[str, Any], seed: int, run_dir: Path) -> dic
 
 def _write(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2)
     temporary = run_dir / f"report.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.write_text(text + "\n")
     temporary.replace(run_dir / "report.json")
-    return report
+    written: dict[str, Any] = json.loads(text)
+    return written
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -97,6 +97,8 @@ class ImageData(L.LightningDataModule):
         classes: names of the classes.
         batch_size: global batch of pretraining: over all ranks, before accumulation.
         name: of the data set, for reports.
+        mirror: whether a mirrored image is still the same thing.
+        least_crop: share of an image's area below which a crop may be of anything.
 
     Raises:
         UserError: a batch that is too small for negatives or larger than the data set; labels out of range.
@@ -110,6 +112,8 @@ class ImageData(L.LightningDataModule):
         classes: Sequence[str],
         batch_size: int = 256,
         name: str = "images",
+        mirror: bool = True,
+        least_crop: float = 0.0,
     ) -> None:
         super().__init__()
         if not 2 <= batch_size <= len(pretrain):
@@ -121,7 +125,15 @@ class ImageData(L.LightningDataModule):
                 raise UserError(f"{name}: {split} labels must lie in 0 to {len(classes) - 1} for {len(classes)} classes")
         self.pretrain, self.train, self.test = pretrain, train, test
         self.classes, self.batch_size, self.name = list(classes), batch_size, name
+        self.mirror, self.least_crop = mirror, least_crop
         self.seed = 0
+
+    @property
+    def view_limits(self) -> dict[str, Any]:
+        """What the augmentation must know of these images, as arguments of :class:`twoview.augment.TwoViews`."""
+        mean, std = self.mean_std
+        size = {"image_size": self.image_size, "channels": self.channels}
+        return {**size, "mean": mean, "std": std, "mirror": self.mirror, "least_crop": self.least_crop}
 
     @property
     def channels(self) -> int:

@@ -14,20 +14,24 @@ from twoview.data.images import ImageArrays, ImageData, fit_channels, fit_size
 from twoview.errors import UserError
 
 
-def digits(image_size: int = 32, channels: int = 1, batch_size: int = 256) -> ImageData:
+def digits(
+    image_size: int = 32, channels: int = 1, batch_size: int = 128, mirror: bool = False, least_crop: float = 0.3
+) -> ImageData:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, resized; a fixed stratified split of 1,347 and 450.
 
     Args:
         image_size: height and width after resizing, in pixels.
         channels: 1 or 3.
         batch_size: global batch of pretraining.
+        mirror: whether views may be mirrored; a mirrored digit is another shape or none.
+        least_crop: least share of a digit in a view; a smaller part may be of any digit.
     """
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(np.arange(len(labels)), test_size=450, stratify=labels, random_state=0)
     splits = [_arrays(pixels[i], labels[i], image_size, channels) for i in (train, test)]
-    return ImageData(splits[0], *splits, [str(i) for i in range(10)], batch_size, name="digits")
+    return ImageData(splits[0], *splits, [str(i) for i in range(10)], batch_size, "digits", mirror, least_crop)
 
 
 def fake(

@@ -36,7 +36,7 @@ class Protocol:
     """
 
     holdout: float = 0.2
-    l2: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
     max_iterations: int = 1000
     k: Sequence[int] = (1, 5, 10, 20, 50, 200)
     temperature: Sequence[float] = (0.02, 0.07, 0.2)

@@ -1,0 +1,156 @@
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from twoview.cli import CONF, check_overrides, quoted
+from twoview.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT, timeout=120):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+MISTAKES = {
+    "mehtod=simclr": "did you mean 'method'?",
+    "method=simclrr": "did you mean 'simclr'?",
+    "method.temprature=0.1": "did you mean 'method.temperature'?",
+    "method.temperature=0": "method.temperature=0: must be above 0",
+    "optimizer.lr=-1": "optimizer.lr=-1: the learning rate must be above 0",
+    "optimizer.lr=fast": "optimizer.lr=fast: give a number",
+    "data.batch_size=100000": "digits has 1347 images",
+    "backbone.name=resnet19": "did you mean resnet1",
+    "data=cifar10 data.root=/x/München": "data.root=/x/München: cifar10 is not there and could not be downloaded",
+    "task=linear_probe checkpoint=README.md": "checkpoint=README.md: cannot be read as a checkpoint",
+    "task=linear_probe method=simclr checkpoint=RUN": "task=linear_probe does not use method",
+    "task=linear_probe": "checkpoint is missing",
+    "method.temperature=0.1,0.5": "add -m",
+    "temperature": "write KEY=VALUE",
+    "select_by=test/linear_top1": "choose one of val/linear_top1",
+    "trainer.max_time=soon trainer.max_epochs=null": "trainer.max_time=soon",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_one_sentence(mistake, tmp_path):
+    result = run(f"hydra.run.dir={tmp_path}", *mistake.split(), timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert MISTAKES[mistake] in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("twoview: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["/x/München", "a(1)", "it's", "a b", "C:\\pictures\\", "{x", "[y", 'say "hi"', "x=y", "$HOME", "back\\'s"]
+)
+def test_plain_paths_need_no_quotes(value, tmp_path):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", ["data=cifar10", quoted(f"data.root={value}")])
+    assert cfg.data.root == value
+
+
+def test_valid_overrides_are_left_alone():
+    for text in ("method=simclr", "augment.crop_scale=[0.2,1]", "data.root='a b'", "+x={a:1}", "~logger"):
+        assert quoted(text) == text
+
+
+def choices():
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = [g for g in loader.list_groups("") if g not in ("hydra", "task")]
+        return [(g, c) for g in groups for c in loader.get_group_options(g)]
+
+
+@pytest.mark.parametrize(("group", "choice"), choices())
+def test_every_choice_composes_and_instantiates(group, choice):
+    check_overrides([f"{group}={choice}"])
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", [f"{group}={choice}"])
+        if group in ("logger", "experiment"):  # loggers are extras, and experiments have no node of their own
+            return
+        node = hydra.utils.instantiate(cfg[group], _convert_="all")
+    match group:
+        case "head":
+            assert node(20)(torch.zeros(4, 20)).ndim == 2
+        case "augment":
+            view, _ = node(image_size=16, channels=3, mean=[0.5] * 3, std=[0.2] * 3)(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+            assert view.shape == (2, 3, 16, 16)
+        case "method":
+            assert node(torch.nn.Identity(), torch.nn.Identity()).temperature > 0
+        case "optimizer":
+            assert node.build(torch.nn.Linear(2, 2), 256).param_groups
+        case "scheduler":
+            assert 0 <= node(1.0, 10.0) <= 1
+        case "data":
+            assert callable(node)
+
+
+@pytest.mark.parametrize("task", sorted(p.stem for p in (CONF / "task").glob("*.yaml")))
+def test_every_task_composes(task):
+    check_overrides([f"task={task}", *(["checkpoint=x"] if task in ("linear_probe", "knn") else [])])
+
+
+def readme_commands():
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        for line in block.splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words[:2] == ["python", "train.py"] or words[:1] == ["twoview"]:
+                    yield words[2:] if words[0] == "python" else words[1:]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_every_readme_command_composes(words):
+    flags = [w for w in words if w.startswith("-")]
+    check_overrides([quoted(w) for w in words if not w.startswith("-")], sweep="-m" in flags)
+
+
+def test_the_readme_starts_with_a_command():
+    assert any("python train.py" in line for line in (ROOT / "README.md").read_text().splitlines()[:25])
+
+
+def test_help_lists_everything():
+    text = run("--help").stdout
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        for group, title in (("task", "Tasks"), ("method", "Methods"), ("data", "Data")):
+            line = next(x for x in text.splitlines() if x.strip().startswith(f"{title}:"))
+            for choice in loader.get_group_options(group):
+                assert choice in line, f"{choice} is missing in the line of {title}"
+    assert text.count("python train.py ") >= 5
+
+
+SHORT = "trainer.max_epochs=1 backbone.name=test_resnet data.image_size=16 eval.baselines=false eval.l2=[0.01]".split()
+
+
+def test_a_sweep_has_a_folder_for_every_run_and_goes_on_after_a_failure(tmp_path):
+    result = run("-m", "method.temperature=0.1,0,0.5", *SHORT, f"hydra.sweep.dir={tmp_path}")
+    assert result.returncode == 1
+    assert "method.temperature=0: must be above 0" in result.stderr
+    assert sorted(p.parent.name for p in tmp_path.glob("*/report.json")) == ["0", "2"]
+
+
+def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):
+    result = run(*SHORT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    again = re.search(r"again:\s+python train.py (.*)", result.stdout)[1]
+    result = run(*shlex.split(again), "eval.l2=[0.01]", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "linear probe" in result.stdout
+
+
+def test_unknown_kinds_of_mistakes_are_sentences_too():
+    with pytest.raises(UserError):
+        check_overrides(["augment.view_b=3"])
+    check_overrides(["augment.view_b={blur: 0.1}", "augment.view_b.solarize=0.2", "backbone.options.drop_path_rate=0.1"])

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch.testing import assert_close
+
+from twoview import metrics
+
+
+def test_alignment_and_uniformity_are_the_papers_loops():
+    z_a, z_b = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    u_a, u_b = (torch.nn.functional.normalize(z, dim=1) for z in (z_a, z_b))
+    expected = sum(float((u_a[i] - u_b[i]).norm() ** 2) for i in range(9)) / 9
+    assert metrics.alignment(z_a, z_b) == pytest.approx(expected, rel=1e-5)
+    pairs = [math.exp(-2 * float((u_a[i] - u_a[j]).norm() ** 2)) for i in range(9) for j in range(i)]
+    assert metrics.uniformity(z_a) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
+    assert metrics.alignment(z_a, z_a) == 0
+    assert metrics.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_effective_rank_counts_equal_directions(rank):
+    z = torch.zeros(120, 8)
+    z[torch.arange(120), torch.arange(120) % rank] = 1
+    assert metrics.effective_rank(z) == pytest.approx(rank, rel=1e-4)
+
+
+def test_effective_rank_of_nothing():
+    assert metrics.effective_rank(torch.zeros(4, 3)) == 0
+
+
+def test_feature_std():
+    z = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
+    assert metrics.feature_std(z) == pytest.approx(1, abs=0.01)
+    assert metrics.feature_std(torch.ones(5, 3)) == pytest.approx(0, abs=1e-6)
+
+
+def test_contrastive_logs_against_loops():
+    z_a, z_b = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(3))
+    z_b = z_a + 0.5 * z_b
+    u = torch.nn.functional.normalize(torch.cat([z_a, z_b]), dim=1)
+    hits, negatives = 0, []
+    for i in range(6):
+        row = [float(u[i] @ u[k]) for k in range(12) if k % 6 != i]
+        hits += float(u[i] @ u[i + 6]) > max(row)
+        negatives += row
+    logs = metrics.in_batch_logs(z_a, z_b)
+    assert float(logs["contrastive_top1"]) == pytest.approx(hits / 6)
+    assert float(logs["negative_similarity"]) == pytest.approx(sum(negatives) / len(negatives), abs=1e-6)
+    positive = sum(float(u[i] @ u[i + 6]) for i in range(6)) / 6
+    assert float(logs["positive_similarity"]) == pytest.approx(positive, abs=1e-6)
+
+
+def test_a_tie_is_no_hit():
+    same = torch.ones(4, 3)
+    assert float(metrics.in_batch_logs(same, same)["contrastive_top1"]) == 0
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.05), (20, 1.0)])
+def test_knn_is_scikit_learns_with_the_same_weights(k, temperature):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 6, generator=generator), torch.randn(25, 6, generator=generator)
+    labels = torch.randint(0, 4, (60,), generator=generator)
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: torch.exp((1 - torch.tensor(distance)) / temperature).numpy()
+    )
+    expected = theirs.fit(bank.numpy(), labels.numpy()).predict(queries.numpy())
+    assert_close(metrics.knn_predict(bank, labels, queries, k, temperature), torch.from_numpy(expected))
+
+
+def test_knn_takes_more_neighbours_than_there_are_and_tiny_temperatures():
+    bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    assert metrics.knn_predict(bank, labels, bank + 0.1, k=200, temperature=1e-3).tolist() == [0, 1, 2]
+
+
+def test_knn_in_chunks_is_knn_at_once():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(metrics.knn_neighbours(x, x, 5, chunk=7), metrics.knn_neighbours(x, x, 5), strict=True):
+        assert_close(a, b)

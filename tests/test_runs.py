@@ -1,0 +1,211 @@
+import csv
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import SIZE, pretrain, short_data
+from PIL import Image
+from torch import nn
+
+import twoview
+from twoview import runs
+from twoview.augment import TwoViews
+from twoview.checkpoints import read_checkpoint
+from twoview.errors import UserError
+from twoview.evaluate import Protocol
+from twoview.methods import SimCLR
+
+CPU = runs.Training(max_epochs=2, accelerator="cpu", precision="32-true", log_every=3, check_every=1)
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder):
+    return [row["train/loss"] for row in metrics(folder) if row["train/loss"]]
+
+
+def test_a_run_trains_and_reports(finished):
+    report = json.loads((finished.folder / "report.json").read_text())
+    assert report == finished.report
+    assert report["training"]["steps"] == 2 * (1347 // 128)
+    assert report["training"]["images_seen"] == 20 * 128
+    assert set(report["results"]) == {"trained", "random initialisation", "raw pixels"}
+    for row in report["results"].values():
+        assert 0.3 < row["linear"]["test_top1"] <= 1
+        assert 0.3 < row["knn"]["test_top1"] <= 1
+    assert report["figures"]["val/linear_top1"] == report["results"]["trained"]["linear"]["val_top1"]
+    for key in ("seed", "protocol", "versions", "commit", "hardware", "command"):
+        assert key in report
+
+
+def test_everything_promised_is_logged(finished):
+    columns = metrics(finished.folder)[0].keys()
+    for name in (
+        "loss chance contrastive_top1 positive_similarity negative_similarity alignment uniformity effective_rank "
+        "feature_std lr images_per_second time_load time_augment time_train"
+    ).split():
+        assert f"train/{name}" in columns
+    assert {"val/knn_top1", "val/effective_rank"} <= columns
+    row = next(row for row in metrics(finished.folder) if row["train/loss"])
+    shares = [float(row[f"train/time_{part}"]) for part in ("load", "augment", "train")]
+    assert sum(shares) == pytest.approx(1)
+    assert all(0 <= share <= 1 for share in shares)
+    assert float(row["train/chance"]) == pytest.approx(math.log(2 * 128 - 1))
+
+
+def test_the_learning_rate_follows_the_schedule(finished):
+    rates = [float(row["train/lr"]) for row in metrics(finished.folder) if row["train/lr"]]
+    assert max(rates) <= 3e-3
+    assert rates[-1] < 0.2 * max(rates)
+    assert rates[0] < max(rates)
+
+
+def test_the_checkpoint_is_plain_and_loads_in_one_line(finished):
+    content = torch.load(finished.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["twoview"]["mean"] == pytest.approx(short_data().mean_std[0])
+    assert (finished.folder / "checkpoints" / "best.ckpt").exists()
+    backbone, preprocess = twoview.load(finished.folder)
+    assert not backbone.training
+    assert backbone(preprocess(short_data().test.pixels[:3])).shape == (3, 96)
+    assert backbone(preprocess(Image.new("RGB", (50, 50)))).shape == (1, 96)
+
+
+def test_probing_a_checkpoint_gives_the_figures_of_the_run(finished, tmp_path):
+    for name, task in (("linear", runs.linear_probe), ("knn", runs.knn)):
+        report = task(finished.folder, short_data, Protocol(l2=(1e-2, 1e-3), k=(1, 5)), run_dir=tmp_path / name)
+        assert report["results"]["trained"] == {name: finished.report["results"]["trained"][name]}
+        assert report["results"]["random initialisation"] == {name: finished.report["results"]["random initialisation"][name]}
+        assert json.loads((tmp_path / name / "report.json").read_text()) == report
+
+
+def test_the_evaluation_leaves_the_backbone_untouched(finished):
+    before = read_checkpoint(finished.folder)["state_dict"]
+    backbone, preprocess = twoview.load(finished.folder)
+    data = short_data()
+    from twoview.evaluate import extract, judge
+
+    train, test = (extract(backbone, split.pixels, preprocess) for split in (data.train, data.test))
+    judge(train, data.train.labels, test, data.test.labels, Protocol(l2=(1e-2,)), 0)
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, before["method.backbone." + key]), key
+
+
+def test_the_same_seed_repeats_to_the_last_digit_and_another_does_not(finished, tmp_path):
+    pretrain(tmp_path / "again", protocol=None)
+    pretrain(tmp_path / "other", protocol=None, seed=1)
+    assert losses(tmp_path / "again") == losses(finished.folder)
+    assert losses(tmp_path / "other") != losses(finished.folder)
+
+
+def test_shuffled_test_labels_change_nothing_but_the_final_test_figures(finished, tmp_path):
+    def shuffled():
+        data = short_data()
+        data.test.labels = data.test.labels[torch.randperm(450, generator=torch.Generator().manual_seed(0))]
+        return data
+
+    report = pretrain(tmp_path, data=shuffled)
+    assert losses(tmp_path) == losses(finished.folder)
+    for name, row in report["results"].items():
+        for probe, result in row.items():
+            expected = dict(finished.report["results"][name][probe])
+            assert result.pop("test_top1") < 0.3 < expected.pop("test_top1")
+            assert result == expected
+
+
+def test_time_becomes_a_number_of_steps(tmp_path, caplog):
+    caplog.set_level("INFO")
+    pretrain(tmp_path, training=replace(CPU, max_epochs=None, max_time="5s", check_every=0), protocol=None)
+    content = read_checkpoint(tmp_path)
+    assert content["twoview"]["total_steps"] == content["global_step"] > 10
+    assert "the run has" in caplog.text
+    rates = [float(row["train/lr"]) for row in metrics(tmp_path) if row["train/lr"]]
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_accumulation_updates_once_for_several_batches(tmp_path):
+    class Counting(SimCLR):
+        updates = batches = 0
+
+        def after_update(self, progress):
+            Counting.updates += 1
+            Counting.progress = progress
+
+        def after_batch(self, step):
+            Counting.batches += 1
+
+    report = pretrain(tmp_path, method=Counting, training=replace(CPU, accumulate=2), protocol=None)
+    assert (Counting.updates, Counting.batches) == (report["training"]["steps"], 20) == (10, 20)
+    assert Counting.progress == 1
+
+
+def test_collapse_is_said_in_plain_words(tmp_path, caplog):
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return self.bias + 0 * x[:, :8]
+
+    pretrain(tmp_path, head=lambda width: Constant(), protocol=None)
+    assert caplog.text.count("The features are collapsing: all images get nearly the same embedding") == 1
+
+
+def test_a_healthy_run_does_not_warn(tmp_path, caplog):
+    pretrain(tmp_path, protocol=None)
+    assert "collapsing" not in caplog.text
+
+
+def test_bf16_trains(tmp_path):
+    report = pretrain(tmp_path, training=replace(CPU, precision="bf16-mixed"), protocol=None)
+    assert report["training"]["precision"] == "bf16-mixed"
+    assert all(math.isfinite(float(x)) for x in losses(tmp_path))
+
+
+def test_a_preview_is_a_picture_of_all_views(tmp_path):
+    path = runs.preview(short_data, partial(TwoViews, blur=0.0), images=5, pairs=2, run_dir=tmp_path)
+    assert Image.open(path).size == (5 * SIZE, 5 * SIZE)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"max_epochs": 0}, "trainer.max_epochs=0"),
+        ({"max_epochs": None}, "trainer.max_time=None"),
+        ({"max_time": "5m"}, "trainer.max_epochs=100"),
+        ({"max_epochs": None, "max_time": "soon"}, "trainer.max_time=soon"),
+        ({"max_epochs": None, "max_time": "-5m"}, "trainer.max_time=-5m"),
+        ({"log_every": 0}, "trainer.log_every=0"),
+    ],
+)
+def test_impossible_training_is_refused(knobs, named):
+    with pytest.raises(UserError, match=named):
+        runs.Training(**knobs)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("15m", 900), ("1.5h", 5400), ("01:30:05", 5405)])
+def test_times_are_read(text, seconds):
+    assert runs.Training(max_epochs=None, max_time=text).seconds == seconds
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    with pytest.raises(UserError, match="trainer.precision=16-mixed"):
+        pretrain(tmp_path, training=replace(CPU, precision="16-mixed"))
+
+
+def test_a_missing_accelerator_is_said_in_a_sentence(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="trainer.accelerator=gpu"):
+        pretrain(tmp_path, training=replace(CPU, accelerator="gpu"))
+
+
+def test_images_that_do_not_fit_the_backbone_are_refused(tmp_path):
+    with pytest.raises(UserError, match="images of 1x24x24 do not fit"):
+        pretrain(tmp_path, data=partial(short_data, image_size=24))
