@@ -14,7 +14,9 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.3]
 
 
 def photos(n=6, channels=3, size=40, seed=0):
-    return torch.randint(0, 256, (n, channels, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, channels, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def two_views(channels=3, **knobs):
@@ -45,7 +47,9 @@ def test_every_image_and_view_has_its_own_draws():
 
 def test_the_same_key_repeats_and_another_does_not():
     augment, pixels = two_views(), photos()
-    first, again, other_step, other_rank = (augment(pixels, key=k)[0] for k in [(0, 5, 0), (0, 5, 0), (0, 6, 0), (0, 5, 1)])
+    first, again, other_step, other_rank = (
+        augment(pixels, key=k)[0] for k in [(0, 5, 0), (0, 5, 0), (0, 6, 0), (0, 5, 1)]
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other_step)
     assert not torch.equal(first, other_rank)
@@ -79,7 +83,10 @@ def test_crop_boxes_are_distributed_as_torchvisions():
     params = operation(K.RandomResizedCrop).generate_parameters(torch.Size([n, 3, size, size]))
     box = params["src"].round()
     width, height = (box[:, 2] - box[:, 0] + 1).unbind(1)
-    theirs = [transforms.RandomResizedCrop.get_params(torch.empty(3, size, size), [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    theirs = [
+        transforms.RandomResizedCrop.get_params(torch.empty(3, size, size), [0.08, 1.0], [3 / 4, 4 / 3])
+        for _ in range(n)
+    ]
     _, _, h, w = (np.array(x, dtype=float) for x in zip(*theirs, strict=True))
     # torchvision draws again where a box does not fit; Kornia takes the nearest that does after ten such draws, as it.
     assert ks_2samp((width * height).numpy(), w * h).statistic < 0.05
@@ -127,7 +134,12 @@ def test_greyscale_and_solarise_are_torchvisions():
 
 @pytest.mark.parametrize(
     ("knob", "kind"),
-    [("flip", K.RandomHorizontalFlip), ("jitter_p", K.ColorJitter), ("gray", K.RandomGrayscale), ("blur", K.RandomGaussianBlur)],
+    [
+        ("flip", K.RandomHorizontalFlip),
+        ("jitter_p", K.ColorJitter),
+        ("gray", K.RandomGrayscale),
+        ("blur", K.RandomGaussianBlur),
+    ],
 )
 def test_operations_are_applied_to_the_given_share(knob, kind):
     op, images = operation(kind, **{knob: 0.3}), torch.rand(1, 3, 8, 8).expand(2000, -1, -1, -1)

@@ -107,7 +107,9 @@ def test_preprocess_takes_tensors_and_pictures():
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     assert torch.equal(preprocess(pixels), preprocess(picture))
     assert torch.equal(preprocess(pixels), preprocess(pixels[0]))
-    expected = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    expected = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(
+        3, 1, 1
+    )
     assert_close(preprocess(pixels), expected)
     with pytest.raises(TypeError, match="uint8"):
         preprocess(pixels.float())

@@ -53,7 +53,9 @@ def test_choices_are_made_on_the_held_out_labels():
     """With mirrored labels on the held-out part, other choices are made; with mirrored labels elsewhere not by val."""
     features, labels = blobs(spread=4.0)
     fit, held = split_holdout(labels, 0.2, seed=0)
-    result = judge(features, labels, features, labels, Protocol(k=(1, 20), temperature=(0.07,)), seed=0, probes=("knn",))["knn"]
+    result = judge(
+        features, labels, features, labels, Protocol(k=(1, 20), temperature=(0.07,)), seed=0, probes=("knn",)
+    )["knn"]
     from sklearn.neighbors import KNeighborsClassifier
 
     best = -1.0, 0
@@ -71,7 +73,8 @@ def test_more_neighbours_than_images():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "named"), [({"holdout": 1.0}, "holdout"), ({"l2": ()}, "l2"), ({"k": (0,)}, "k"), ({"temperature": (-1,)}, "temperature")]
+    ("knobs", "named"),
+    [({"holdout": 1.0}, "holdout"), ({"l2": ()}, "l2"), ({"k": (0,)}, "k"), ({"temperature": (-1,)}, "temperature")],
 )
 def test_impossible_protocols_are_refused(knobs, named):
     with pytest.raises(UserError, match=f"eval.{named}="):

@@ -40,7 +40,9 @@ def test_impossible_heads_are_refused(knobs):
 
 def test_biases_and_norms_are_neither_decayed_nor_adapted():
     network, _ = create_backbone("test_resnet", image_size=32)
-    optimizer = Optimization(partial(Lars, momentum=0.9), lr=0.3, weight_decay=1e-6, lr_scaling="linear").build(network, 512)
+    optimizer = Optimization(partial(Lars, momentum=0.9), lr=0.3, weight_decay=1e-6, lr_scaling="linear").build(
+        network, 512
+    )
     plain, decayed = optimizer.param_groups
     assert plain["weight_decay"] == 0
     assert not plain.get("always_adapt")

@@ -117,7 +117,9 @@ def test_value_and_gradient_are_finite(variant, temperature, dtype):
         z_a[2] *= 100
         z_b[3] = z_a[3]
         z_b[4] = -z_a[4]
-    loss = nt_xent(z_a, z_b, temperature, variant=variant) + info_nce(z_a, z_b, z_b.detach()[:5], temperature, variant=variant)
+    loss = nt_xent(z_a, z_b, temperature, variant=variant) + info_nce(
+        z_a, z_b, z_b.detach()[:5], temperature, variant=variant
+    )
     loss.backward()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert loss.isfinite()

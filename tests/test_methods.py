@@ -53,7 +53,9 @@ def test_forward_moves_no_state_but_batchnorm_statistics():
     assert all(torch.equal(v, method.state_dict()[k]) for k, v in before.items())
 
 
-@pytest.mark.parametrize(("knobs", "named"), [({"temperature": 0}, "method.temperature=0"), ({"variant": "dlc"}, "method.variant=dlc")])
+@pytest.mark.parametrize(
+    ("knobs", "named"), [({"temperature": 0}, "method.temperature=0"), ({"variant": "dlc"}, "method.variant=dlc")]
+)
 def test_impossible_knobs_are_refused(knobs, named):
     with pytest.raises(UserError, match=named):
         SimCLR(nn.Identity(), nn.Identity(), **knobs)

@@ -63,7 +63,10 @@ def test_knn_is_scikit_learns_with_the_same_weights(k, temperature):
     bank, queries = torch.randn(60, 6, generator=generator), torch.randn(25, 6, generator=generator)
     labels = torch.randint(0, 4, (60,), generator=generator)
     theirs = KNeighborsClassifier(
-        k, metric="cosine", algorithm="brute", weights=lambda distance: torch.exp((1 - torch.tensor(distance)) / temperature).numpy()
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: torch.exp((1 - torch.tensor(distance)) / temperature).numpy(),
     )
     expected = theirs.fit(bank.numpy(), labels.numpy()).predict(queries.numpy())
     assert_close(metrics.knn_predict(bank, labels, queries, k, temperature), torch.from_numpy(expected))

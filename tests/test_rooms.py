@@ -100,7 +100,14 @@ def lines_of_code(*names):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
             for line in range(node.lineno, node.end_lineno + 1)
         }
-        nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+        nothing = {
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.ENDMARKER,
+        }
         tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
         total += len({t.start[0] for t in tokens if t.type not in nothing} - docs)
     return total

@@ -46,10 +46,11 @@ def test_a_run_trains_and_reports(finished):
 
 def test_everything_promised_is_logged(finished):
     columns = metrics(finished.folder)[0].keys()
-    for name in (
-        "loss chance contrastive_top1 positive_similarity negative_similarity alignment uniformity effective_rank "
-        "feature_std lr images_per_second time_load time_augment time_train"
-    ).split():
+    names = """
+        loss chance contrastive_top1 positive_similarity negative_similarity alignment uniformity effective_rank
+        feature_std lr images_per_second time_load time_augment time_train
+    """
+    for name in names.split():
         assert f"train/{name}" in columns
     assert {"val/knn_top1", "val/effective_rank"} <= columns
     row = next(row for row in metrics(finished.folder) if row["train/loss"])
@@ -80,7 +81,9 @@ def test_probing_a_checkpoint_gives_the_figures_of_the_run(finished, tmp_path):
     for name, task in (("linear", runs.linear_probe), ("knn", runs.knn)):
         report = task(finished.folder, short_data, Protocol(l2=(1e-2, 1e-3), k=(1, 5)), run_dir=tmp_path / name)
         assert report["results"]["trained"] == {name: finished.report["results"]["trained"][name]}
-        assert report["results"]["random initialisation"] == {name: finished.report["results"]["random initialisation"][name]}
+        assert report["results"]["random initialisation"] == {
+            name: finished.report["results"]["random initialisation"][name]
+        }
         assert json.loads((tmp_path / name / "report.json").read_text()) == report
 
 
@@ -170,15 +173,15 @@ def test_bf16_trains(tmp_path):
 
 def test_a_preview_is_a_picture_of_all_views(tmp_path):
     path = runs.preview(short_data, partial(TwoViews, blur=0.0), images=5, pairs=2, run_dir=tmp_path)
-    assert Image.open(path).size == (5 * SIZE, 5 * SIZE)
+    with Image.open(path) as picture:
+        assert picture.size == (5 * SIZE, 5 * SIZE)
 
 
 @pytest.mark.parametrize(
     ("knobs", "named"),
     [
         ({"max_epochs": 0}, "trainer.max_epochs=0"),
-        ({"max_epochs": None}, "trainer.max_time=None"),
-        ({"max_time": "5m"}, "trainer.max_epochs=100"),
+        ({"max_epochs": None}, "trainer.max_time=null"),
         ({"max_epochs": None, "max_time": "soon"}, "trainer.max_time=soon"),
         ({"max_epochs": None, "max_time": "-5m"}, "trainer.max_time=-5m"),
         ({"log_every": 0}, "trainer.log_every=0"),

@@ -45,6 +45,9 @@ class TwoViews(nn.Module):
         UserError: a value out of range, or an unknown key in ``view_b``.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         image_size: int,
@@ -182,10 +185,12 @@ def _check(recipe: Mapping[str, Any]) -> None:
     for knob, least, greatest in (("crop_scale", 0, 1), ("crop_ratio", 0, np.inf), ("blur_sigma", 0, np.inf)):
         low, high = recipe[knob]
         if not least < low <= high <= greatest:
-            raise UserError(f"augment.{knob}={list(recipe[knob])}: give [least, greatest] above {least} up to {greatest}")
+            raise UserError(
+                f"augment.{knob}={list(recipe[knob])}: give [least, greatest] above {least} up to {greatest}"
+            )
     if len(recipe["jitter"]) != 4 or not all(x >= 0 for x in recipe["jitter"]) or recipe["jitter"][3] > 0.5:
         raise UserError(
-            f"augment.jitter={list(recipe['jitter'])}: give brightness, contrast, saturation (0 and up) and hue (0 to 0.5)"
+            f"augment.jitter={list(recipe['jitter'])}: give brightness, contrast, saturation (>= 0), hue (0 to 0.5)"
         )
     if recipe["interpolation"] not in ("bilinear", "bicubic"):
         raise UserError(f"augment.interpolation={recipe['interpolation']}: choose bilinear or bicubic")

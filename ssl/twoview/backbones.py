@@ -4,7 +4,7 @@ import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -50,7 +50,8 @@ def create_backbone(
         stem: how a residual network begins. "timm": as published (7x7 at stride 2 and max-pooling: a 32-pixel image is
             left with 1x1 positions); "small": stride 1 and no pooling, as SimCLR does for CIFAR-10 (arXiv:2002.05709,
             B.9); "small_stride2": stride 2 and no pooling, a quarter of the cost; "auto": "small" ("small_stride2" for
-            the resnet10s) at 64 pixels and below unless weights are loaded, else "timm". Networks of other families have "auto" and "timm" alone.
+            the resnet10s) at 64 pixels and below unless weights are loaded, else "timm". Networks of
+            other families have "auto" and "timm" alone.
         weights: local file of weights, ``.safetensors`` or a PyTorch file of plain tensors.
         pretrained: load timm's published weights.
         partial_weights: allow ``weights`` that do not cover every tensor of the network.
@@ -81,7 +82,7 @@ def create_backbone(
     if weights is not None:
         _load_weights(network, Path(weights), partial_weights)
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    network.build_arguments = {
+    network.build_arguments = {  # type: ignore[assignment]
         "name": name,
         "in_chans": in_chans,
         "image_size": image_size,
@@ -89,6 +90,11 @@ def create_backbone(
         "options": {**(options or {}), **({"patch_size": int(patch[0])} if patch else {})},
     }
     return network, feature_width(network, in_chans, image_size, given)
+
+
+def build_arguments(network: nn.Module) -> dict[str, Any]:
+    """The plain values with which :func:`create_backbone` builds this network's architecture again."""
+    return cast(dict[str, Any], network.build_arguments)
 
 
 @torch.no_grad()
@@ -109,7 +115,9 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
     finally:
         network.train(was_training)
     if features.ndim != 2:
-        raise UserError(f"backbone.name={name}: gives features of shape {list(features.shape)}, not one vector an image")
+        raise UserError(
+            f"backbone.name={name}: gives features of shape {list(features.shape)}, not one vector an image"
+        )
     return int(features.shape[1])
 
 
@@ -137,7 +145,9 @@ def _build(
         except (AssertionError, ValueError) as error:
             if size and not pretrained and "patch_size" in size:
                 continue
-            raise UserError(f"backbone.name={name} cannot be built for data.image_size={image_size}: {error}") from error
+            raise UserError(
+                f"backbone.name={name} cannot be built for data.image_size={image_size}: {error}"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"backbone.pretrained=true: no published weights of {name} could be fetched ({error}); "
@@ -153,10 +163,11 @@ def _use_small_stem(network: nn.Module, name: str, stride: int) -> None:
         raise UserError(f"backbone.stem: {name} is no residual network of timm's ResNet family; use backbone.stem=auto")
     first = network.conv1
     if isinstance(first, nn.Sequential):  # a deep stem is 3x3 already
-        first[0].stride = (stride, stride)
+        first[0].stride = (stride, stride)  # type: ignore[assignment]
     else:
-        network.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=False)
+        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+        network.conv1 = small
     network.maxpool = nn.Identity()
 
 
@@ -198,10 +209,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _best_match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the wanted names, with whichever prefix ("module.", "method.backbone.") fits most of them."""
-    last = next(reversed(wanted))
+    last = list(wanted)[-1]
     prefixes = {key.removesuffix(last) for key in found if key.endswith(last)} | {""}
     matches = [
-        {key: found[p + key] for key, value in wanted.items() if p + key in found and found[p + key].shape == value.shape}
+        {
+            key: found[p + key]
+            for key, value in wanted.items()
+            if p + key in found and found[p + key].shape == value.shape
+        }
         for p in prefixes
     ]
     return max(matches, key=len)

@@ -89,7 +89,9 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
             "give a run folder or one of its .ckpt files"
         ) from error
     if not isinstance(content, dict) or "twoview" not in content:
-        raise UserError(f"checkpoint={checkpoint}: was not written by twoview; load foreign weights with backbone.weights=FILE")
+        raise UserError(
+            f"checkpoint={checkpoint}: was not written by twoview; load foreign weights with backbone.weights=FILE"
+        )
     content["path"] = str(path)
     return content
 

@@ -1,4 +1,4 @@
-"""The command line, and the only place that knows Hydra: composition, mistakes in one sentence, the table at the end."""
+"""The command line, and the only place that knows Hydra: composition, mistakes in one sentence, the final table."""
 
 import difflib
 import logging
@@ -39,8 +39,7 @@ def main() -> None:
     try:
         # Other flags ask Hydra for something else than a run: help, the configuration, shell completion.
         if sweep or not flags:
-            check_overrides(overrides, sweep)
-            sys.argv[1:] = [*flags, *overrides]
+            sys.argv[1:] = [*flags, *check_overrides(overrides, sweep)]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
         if _mistakes and not sweep:
             raise UserError(_mistakes[0])
@@ -120,12 +119,15 @@ def quoted(argument: str) -> str:
     return argument
 
 
-def check_overrides(overrides: list[str], sweep: bool = False) -> None:
+def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
     """Refuse overrides that the configuration cannot take, before anything heavy is imported.
 
     Args:
         overrides: as on the command line, already quoted.
         sweep: whether ``a=1,2`` means two runs.
+
+    Returns:
+        The overrides for Hydra: those into a mapping that takes any key, such as ``augment.view_b``, say so with ``++``.
 
     Raises:
         UserError: one sentence that names the knob, its value and the nearest valid one.
@@ -148,15 +150,17 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> None:
         groups = [o for o in parsed if _choices(o.key_or_group)]
         _check_groups(groups)
         base = hydra.compose("config", _texts(groups))
+        knobs = _knobs(base)
         for override in parsed:
             if override not in groups and not override.key_or_group.startswith("hydra"):
-                _check_value(override, base)
+                _check_value(override, knobs)
         try:
-            cfg = hydra.compose("config", _texts(parsed))
+            cfg = hydra.compose("config", [_free(text, knobs) for text in _texts(parsed)])
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(str(error).splitlines()[0]) from None
         if missing := [key for key, value in _knobs(cfg).items() if value == "???"]:
             raise UserError(f"{missing[0]} is missing: give {missing[0]}=VALUE")
+    return [_free(text, knobs) for text in overrides]
 
 
 def _check_groups(groups: list[Override]) -> None:
@@ -169,7 +173,10 @@ def _check_groups(groups: list[Override]) -> None:
             )
     # The task and the experiment first: they say which other groups there are.
     good: list[str] = []
-    for override in sorted(groups, key=lambda o: ("task", "experiment").index(o.key_or_group) if o.key_or_group in ("task", "experiment") else 9):
+    for override in sorted(
+        groups,
+        key=lambda o: ("task", "experiment").index(o.key_or_group) if o.key_or_group in ("task", "experiment") else 9,
+    ):
         try:
             hydra.compose("config", [*good, *_texts([override])])
         except HydraException as error:
@@ -182,15 +189,22 @@ def _check_groups(groups: list[Override]) -> None:
         good += _texts([override])
 
 
-def _check_value(override: Override, base: DictConfig) -> None:
-    key, value, knobs = override.key_or_group, override.value(), _knobs(base)
+def _free(text: str, knobs: Mapping[str, Any]) -> str:
+    """``++text`` where it reaches into an empty mapping, which takes any key; Hydra would refuse it."""
+    key = text.partition("=")[0]
+    parents = (key.rsplit(".", i)[0] for i in range(key.count(".") + 1))
+    return f"++{text}" if any(knobs.get(parent) == {} for parent in parents) else text
+
+
+def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
+    key, value = override.key_or_group, override.value()
     if override.is_add() or override.is_delete():
         return
-    free = any(knobs.get(key.rsplit(".", i)[0]) == {} for i in range(1, key.count(".") + 1))  # {}: takes any key
-    if key not in knobs and not free:
+    if key not in knobs and _free(key, knobs) == key:
         groups = GlobalHydra.instance().config_loader().list_groups("")
         raise UserError(
-            f"{key}={value}: this task has no knob {key!r}; {_nearest(key, [*knobs, *groups])}--cfg job shows all of them"
+            f"{key}={value}: this task has no knob {key!r}; {_nearest(key, [*knobs, *groups])}"
+            "--cfg job shows all of them"
         )
     before = knobs.get(key)
     wanted = next((words for kind, words in _KINDS if isinstance(before, kind)), None)

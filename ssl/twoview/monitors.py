@@ -21,13 +21,18 @@ log = logging.getLogger(__name__)
 
 
 class Watch(L.Callback):
-    """Logs how training goes, every ``trainer.log_every`` steps, and warns in plain words when features collapse."""
+    """Logs how training goes, and warns in plain words when features collapse.
 
-    def __init__(self) -> None:
+    Args:
+        every: steps between two logs; also the Trainer's.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.warned: set[str] = set()
         self.batch_end = self.batch_start = self.logged_at = time.perf_counter()
         self.batches = 0
-        self.load = self.augment = 0.0
+        self.load = self.augment = self.lap_start = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and measure the augmentation from its call to its end."""
@@ -43,7 +48,9 @@ class Watch(L.Callback):
         for hook in self.hooks:
             hook.remove()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Note how long the batch took to come."""
         self.batch_start = time.perf_counter()
         self.load += self.batch_start - self.batch_end
@@ -54,7 +61,7 @@ class Watch(L.Callback):
         """Log every n-th batch."""
         assert isinstance(pl_module, Pretraining)
         self.batches += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0 and pl_module.step is not None:
+        if trainer.global_step % self.every == 0 and pl_module.step is not None:
             step = pl_module.step
             z_a, z_b = (z[:1024] for z in step.embeddings)
             now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
@@ -103,8 +110,8 @@ class Watch(L.Callback):
             if collapsed and name not in self.warned:
                 self.warned.add(name)
                 log.warning(
-                    "The features are collapsing: %s. Try a lower optimizer.lr, another method.temperature, or stronger "
-                    "augmentation.",
+                    "The features are collapsing: %s. Try a lower optimizer.lr, another method.temperature, or "
+                    "stronger augmentation.",
                     words,
                 )
 
@@ -153,7 +160,11 @@ class KnnCheck(L.Callback):
             "val/effective_rank": metrics.effective_rank(bank[: 10 * bank.shape[1]]),
         }
         pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
-        log.info("epoch %d: kNN on held-out training images %.1f %%", trainer.current_epoch + 1, 100 * figures["val/knn_top1"])
+        log.info(
+            "epoch %d: kNN on held-out training images %.1f %%",
+            trainer.current_epoch + 1,
+            100 * figures["val/knn_top1"],
+        )
         if self.save is not None:
             self.save.checked(trainer, figures["val/knn_top1"])
 
@@ -171,7 +182,10 @@ class TimeLimit(L.Callback):
         self.seconds = seconds
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; the schedule waits."""
+        assert isinstance(pl_module, Pretraining)
+        self.steps_of_epochs = pl_module.total_steps
+        pl_module.total_steps = math.inf
         self.start = self.warm_at = time.perf_counter()
 
     def on_train_batch_end(
@@ -188,7 +202,7 @@ class TimeLimit(L.Callback):
         elif steps == self.warm + self.timed or now - self.start > self.seconds / 5:
             per_step = (now - self.warm_at) / (steps - self.warm)
             left = max(0.0, self.seconds - (now - self.start))
-            total = trainer.strategy.broadcast(steps + max(1, int(left / per_step)))
+            total = trainer.strategy.broadcast(int(min(steps + max(1, int(left / per_step)), self.steps_of_epochs)))
             pl_module.total_steps = float(total)
             trainer.fit_loop.epoch_loop.max_steps = total
             log.info("trainer.max_time: %.3f s a step, so the run has %d steps", per_step, total)

@@ -44,7 +44,7 @@ class Pretraining(L.LightningModule):
     ) -> None:
         super().__init__()
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.method: Method = method.to(memory_format=layout)  # type: ignore[call-overload]
+        self.method: Method = method.to(memory_format=layout)
         self.layout = layout
         self.augment, self.optimization, self.schedule = augment, optimization, schedule
         self.global_batch, self.seed, self.card = global_batch, seed, card or {}
@@ -56,8 +56,8 @@ class Pretraining(L.LightningModule):
         return self.optimization.build(self.method, self.global_batch)
 
     def on_fit_start(self) -> None:
-        """Learn the length of the run."""
-        if self.trainer.max_epochs != -1 or self.trainer.max_steps != -1:
+        """Learn the length of the run, where epochs give it."""
+        if self.trainer.max_epochs != -1 and self.total_steps == math.inf:
             self.total_steps = float(self.trainer.estimated_stepping_batches)
 
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +104,8 @@ def choose_precision(precision: str, backbone: torch.nn.Module, device: torch.de
     """Lightning's name of the precision to train in.
 
     Args:
-        precision: "auto" or any of Lightning's. "auto" is bf16 autocast where the device has it natively and the network
-            is not mostly depthwise (slower in bf16 on a CPU), else fp32.
+        precision: "auto" or any of Lightning's. "auto" is bf16 autocast where the device has it natively and the
+            network is not mostly depthwise (slower in bf16 on a CPU), else fp32.
         backbone: the network.
         device: where it will be trained.
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor, nn
 
 from twoview import __version__
 from twoview.augment import TwoViews
-from twoview.backbones import create_backbone
+from twoview.backbones import build_arguments, create_backbone
 from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, read_checkpoint, rebuild
 from twoview.data import ImageArrays, ImageData, Preprocess
 from twoview.errors import UserError
@@ -43,8 +43,8 @@ class Training:
     """How long and on what a run trains.
 
     Args:
-        max_epochs: passes over the images; None if ``max_time`` is given.
-        max_time: time for training instead, as "15m", "2h", "90s" or "HH:MM:SS"; it becomes a number of steps.
+        max_epochs: greatest number of passes over the images; None for no limit but ``max_time``.
+        max_time: greatest time for training, as "15m", "2h", "90s" or "HH:MM:SS"; it becomes a number of steps.
         accelerator: "auto", "cpu", "gpu" or "mps".
         devices: processes, one device each.
         precision: "auto", or any precision of Lightning's; see :func:`twoview.pretrain.choose_precision`.
@@ -68,10 +68,8 @@ class Training:
     check_every: int = 10
 
     def __post_init__(self) -> None:
-        if (self.max_epochs is None) == (self.max_time is None):
-            raise UserError(
-                f"trainer.max_epochs={self.max_epochs} trainer.max_time={self.max_time}: give one, and null for the other"
-            )
+        if self.max_epochs is None and self.max_time is None:
+            raise UserError("trainer.max_epochs=null trainer.max_time=null: give one of them, or the run has no end")
         for knob, least in (("max_epochs", 1), ("devices", 1), ("accumulate", 1), ("log_every", 1), ("check_every", 0)):
             value = getattr(self, knob)
             if value is not None and value < least:
@@ -137,18 +135,22 @@ def pretrain(
     L.seed_everything(seed, workers=True, verbose=False)
     network, width = create_backbone(**backbone)
     built = method(network, head(width))
+    architecture = build_arguments(network)
     images = data() if callable(data) else data
-    if (images.channels, images.image_size) != (network.build_arguments["in_chans"], network.build_arguments["image_size"]):
+    if (images.channels, images.image_size) != (
+        architecture["in_chans"],
+        architecture["image_size"],
+    ):
         raise UserError(
             f"data: images of {images.channels}x{images.image_size}x{images.image_size} do not fit a backbone made for "
-            f"in_chans={network.build_arguments['in_chans']}, image_size={network.build_arguments['image_size']}"
+            f"in_chans={architecture['in_chans']}, image_size={architecture['image_size']}"
         )
     images.seed = seed
     mean, std = images.mean_std
     views = augment(**images.view_limits)
     fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
     card = {
-        "backbone": network.build_arguments,
+        "backbone": architecture,
         "method": type(built).__name__,
         "data": images.name,
         "mean": mean,
@@ -164,9 +166,14 @@ def pretrain(
     preprocess = Preprocess(images.image_size, mean, std)
     save = SaveCheckpoints(run_dir / "checkpoints")
     check = KnnCheck(
-        _subset(images.train, fit), _subset(images.train, held), len(images.classes), preprocess, training.check_every, save=save
+        _subset(images.train, fit),
+        _subset(images.train, held),
+        len(images.classes),
+        preprocess,
+        training.check_every,
+        save=save,
     )
-    trainer = _trainer(training, network, [Watch(), check, save, Bar()], loggers, run_dir)
+    trainer = _trainer(training, network, [Watch(training.log_every), check, save, Bar()], loggers, run_dir)
     for line in describe_groups(optimization.build(built, global_batch)):
         log.info("%s", line)
     log.info(
@@ -174,7 +181,7 @@ def pretrain(
         card["method"],
         images.name,
         len(images.pretrain),
-        network.build_arguments["name"],
+        architecture["name"],
         images.batch_size,
         trainer.strategy.root_device,
         trainer.precision,
@@ -291,7 +298,9 @@ def _judge_checkpoint(
     if images.channels != card["channels"]:
         raise UserError(f"data: {images.name} has {images.channels} channels, the checkpoint wants {card['channels']}")
     report = _report(task, card | {"data": images.name}, seed, Path(run_dir)) | {"checkpoint": content["path"]}
-    return _write(report | _judged(backbone, preprocess, card, images, protocol or Protocol(), seed, probes), Path(run_dir))
+    return _write(
+        report | _judged(backbone, preprocess, card, images, protocol or Protocol(), seed, probes), Path(run_dir)
+    )
 
 
 def _judged(
@@ -334,7 +343,9 @@ def _trainer(
         callbacks.append(TimeLimit(training.seconds))
     # What Lightning says at start is for its own users; loader workers are a choice here, not an oversight.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|Experiment logs directory|LeafSpec|logging interval).*")
+    warnings.filterwarnings(
+        "ignore", ".*(does not have many workers|Experiment logs directory|LeafSpec|logging interval).*"
+    )
     try:
         return L.Trainer(
             accelerator=training.accelerator,

@@ -118,11 +118,14 @@ class ImageData(L.LightningDataModule):
         super().__init__()
         if not 2 <= batch_size <= len(pretrain):
             raise UserError(
-                f"data.batch_size={batch_size}: {name} has {len(pretrain)} images to learn from; choose 2 to {len(pretrain)}"
+                f"data.batch_size={batch_size}: {name} has {len(pretrain)} images to learn from; "
+                f"choose 2 to {len(pretrain)}"
             )
         for split, images in (("training", train), ("test", test)):
             if int(images.labels.min()) < 0 or int(images.labels.max()) >= len(classes):
-                raise UserError(f"{name}: {split} labels must lie in 0 to {len(classes) - 1} for {len(classes)} classes")
+                raise UserError(
+                    f"{name}: {split} labels must lie in 0 to {len(classes) - 1} for {len(classes)} classes"
+                )
         self.pretrain, self.train, self.test = pretrain, train, test
         self.classes, self.batch_size, self.name = list(classes), batch_size, name
         self.mirror, self.least_crop = mirror, least_crop
@@ -156,7 +159,7 @@ class ImageData(L.LightningDataModule):
         return mean.tolist(), (square - mean**2).clamp(min=1e-6).sqrt().tolist()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of unaugmented uint8 images; they lie on the device already if they take a quarter of what is free."""
+        """Batches of unaugmented uint8 images, which lie on a GPU already if they take a quarter of what is free."""
         if self.trainer is None:
             raise RuntimeError("train_dataloader is for the Trainer")
         device, world_size = self.trainer.strategy.root_device, self.trainer.world_size
@@ -210,6 +213,9 @@ class Preprocess(nn.Module):
         mean: C means on the scale [0, 1].
         std: C deviations on the same scale.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

@@ -13,6 +13,8 @@ from torchvision import datasets
 from twoview.data.images import ImageArrays, ImageData, fit_channels, fit_size
 from twoview.errors import UserError
 
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
 
 def digits(
     image_size: int = 32, channels: int = 1, batch_size: int = 128, mirror: bool = False, least_crop: float = 0.3
@@ -30,8 +32,8 @@ def digits(
     pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(np.arange(len(labels)), test_size=450, stratify=labels, random_state=0)
-    splits = [_arrays(pixels[i], labels[i], image_size, channels) for i in (train, test)]
-    return ImageData(splits[0], *splits, [str(i) for i in range(10)], batch_size, "digits", mirror, least_crop)
+    learn, judge = (_arrays(pixels[i], labels[i], image_size, channels) for i in (train, test))
+    return ImageData(learn, learn, judge, [str(i) for i in range(10)], batch_size, "digits", mirror, least_crop)
 
 
 def fake(
@@ -47,12 +49,14 @@ def fake(
         classes: number of classes.
     """
     generator = torch.Generator().manual_seed(0)
-    splits = []
-    for count in (images, max(images // 4, classes)):
+
+    def split(count: int) -> ImageArrays:
         labels = torch.arange(count) % classes
         noise = torch.randint(0, 156, (count, channels, image_size, image_size), generator=generator)
-        splits.append(ImageArrays((noise + (100 * labels // classes).view(-1, 1, 1, 1)).to(torch.uint8), labels))
-    return ImageData(splits[0], *splits, [str(i) for i in range(classes)], batch_size, name="fake")
+        return ImageArrays((noise + (100 * labels // classes).view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+    train, test = split(images), split(max(images // 4, classes))
+    return ImageData(train, train, test, [str(i) for i in range(classes)], batch_size, name="fake")
 
 
 def cifar10(
@@ -83,26 +87,26 @@ def cifar100(
 def stl10(
     root: str | Path, download: bool = True, image_size: int = 96, channels: int = 3, batch_size: int = 256
 ) -> ImageData:
-    """STL-10: 100,000 unlabelled images to learn from, 5,000 and 8,000 labelled ones; the folder is ``stl10_binary``."""
-    unlabeled, train, test = (
-        _fetch(datasets.STL10, "stl10", root, download, split=split) for split in ("unlabeled", "train", "test")
-    )
-    splits = [
-        _arrays(torch.from_numpy(d.data), torch.from_numpy(np.asarray(d.labels)).long(), image_size, channels)
-        for d in (unlabeled, train, test)
-    ]
-    return ImageData(*splits, train.classes, batch_size, name="stl10")
+    """STL-10: 100,000 unlabelled images to learn from, 5,000 and 8,000 labelled ones in ``stl10_binary``."""
+
+    def split(name: str) -> ImageArrays:
+        found = _fetch(datasets.STL10, "stl10", root, download, split=name)
+        return _arrays(
+            torch.from_numpy(found.data), torch.from_numpy(np.asarray(found.labels)).long(), image_size, channels
+        )
+
+    return ImageData(split("unlabeled"), split("train"), split("test"), STL10_CLASSES, batch_size, name="stl10")
 
 
 def _cifar(
     kind: Any, name: str, root: str | Path, download: bool, image_size: int, channels: int, batch_size: int
 ) -> ImageData:
-    train, test = (_fetch(kind, name, root, download, train=train) for train in (True, False))
-    splits = [
+    found = [_fetch(kind, name, root, download, train=train) for train in (True, False)]
+    train, test = (
         _arrays(torch.from_numpy(d.data).permute(0, 3, 1, 2), torch.tensor(d.targets), image_size, channels)
-        for d in (train, test)
-    ]
-    return ImageData(splits[0], *splits, train.classes, batch_size, name=name)
+        for d in found
+    )
+    return ImageData(train, train, test, found[0].classes, batch_size, name=name)
 
 
 def _fetch(kind: Any, name: str, root: str | Path, download: bool, **which: Any) -> Any:

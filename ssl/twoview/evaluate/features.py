@@ -6,7 +6,11 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def extract(
-    backbone: nn.Module, pixels: Tensor, preprocess: nn.Module, device: torch.device | str = "cpu", batch_size: int = 512
+    backbone: nn.Module,
+    pixels: Tensor,
+    preprocess: nn.Module,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
 ) -> Tensor:
     """Features of clean images; leaves every weight, statistic and mode of the backbone as it was.
 

@@ -66,7 +66,9 @@ def split_holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tens
     try:
         parts = train_test_split(np.arange(len(labels)), test_size=share, stratify=stratify, random_state=seed)
     except ValueError as error:
-        raise UserError(f"eval.holdout={share}: cannot hold out that share of {len(labels)} labels ({error})") from error
+        raise UserError(
+            f"eval.holdout={share}: cannot hold out that share of {len(labels)} labels ({error})"
+        ) from error
     fit, held = (torch.from_numpy(np.sort(p)) for p in parts)
     return fit, held
 

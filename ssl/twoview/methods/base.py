@@ -29,7 +29,8 @@ class Step:
 class Method(nn.Module):
     """A backbone ``[N, C, H, W] -> [N, F]`` and a head ``[N, F] -> [N, D]``, and how their loss is made.
 
-    ``forward`` changes no state; it moves in ``after_update`` (once an optimiser step) and ``after_batch`` (once a batch).
+    ``forward`` changes no state; it moves in ``after_update`` (once an optimiser step) and ``after_batch``
+    (once a batch).
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:

@@ -32,5 +32,8 @@ class SimCLR(Method):
         z_a, z_b = self.head(features).chunk(2)
         loss = nt_xent(z_a, z_b, self.temperature, variant=self.variant)
         z_a, z_b = z_a.detach(), z_b.detach()
-        logs = {"chance": chance_level(2 * len(z_a) - 2, self.variant), **in_batch_logs(z_a, z_b)}
+        logs: dict[str, Tensor | float] = {
+            "chance": chance_level(2 * len(z_a) - 2, self.variant),
+            **in_batch_logs(z_a, z_b),
+        }
         return Step(loss, features.detach()[: len(view_a)], logs, (z_a, z_b))
