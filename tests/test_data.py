@@ -16,6 +16,7 @@ from twoview.data import (
     fake,
     fit_channels,
     fit_size,
+    stl10,
 )
 from twoview.errors import UserError
 
@@ -138,6 +139,24 @@ def test_cifar10_from_its_files(tmp_path, monkeypatch):
     raw = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_1").read_bytes())["data"]
     assert torch.equal(data.train.pixels[3], torch.from_numpy(raw[3].reshape(3, 32, 32)))
     assert data.classes[2] == "class2"
+
+
+def test_stl10_learns_from_its_unlabelled_images(tmp_path, monkeypatch):
+    from torchvision.datasets import STL10
+
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 10), ("unlabeled", 30)):
+        rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8).tofile(folder / f"{split}_X.bin")
+        (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(folder / f"{split}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(map(str, range(10))))
+    monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
+    data = stl10(tmp_path, image_size=48, batch_size=10)
+    assert (len(data.pretrain), len(data.train), len(data.test)) == (30, 20, 10)
+    assert data.train.labels.tolist() == [i % 10 for i in range(20)]
+    assert (data.pretrain.labels == -1).all()
+    assert data.image_size == 48
 
 
 def test_what_is_neither_there_nor_to_be_had_is_said_in_a_sentence(tmp_path):

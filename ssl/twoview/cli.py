@@ -85,21 +85,21 @@ def _print_table(report: Mapping[str, Any]) -> None:
     import rich
     from rich.table import Table
 
-    names = {"trained": report["method"], "random initialisation": "random initialisation", "raw pixels": "raw pixels"}
-    table = Table(title=f"{report['data']}: top-1 on {report['protocol']['test_images']} test images")
+    probes = {"linear": "linear probe", "knn": "kNN"}
+    shown = [probe for probe in probes if probe in report["results"]["trained"]]
+    table = Table(title=f"{report['data']}: top-1 on {report['protocol']['test_images']:,} test images")
     table.add_column("features")
-    probes = list(report["results"]["trained"])
-    titles = {"linear": "linear probe", "knn": "kNN"}
-    for probe in probes:
-        table.add_column(titles[probe], justify="right")
-        table.add_column("chosen on held-out training labels")
+    for probe in shown:
+        table.add_column(probes[probe], justify="right")
+        table.add_column("chosen")
     for key, row in report["results"].items():
-        cells = [names[key]]
-        for probe in probes:
+        cells = [report["method"] if key == "trained" else key]
+        for probe in shown:
             result = row[probe]
             chosen = f"L2 {result['l2']:g}" if probe == "linear" else f"k {result['k']}, T {result['temperature']:g}"
-            cells += [f"{100 * result['test_top1']:.1f} %", f"{chosen} ({100 * result['val_top1']:.1f} %)"]
+            cells += [f"{100 * result['test_top1']:.1f} %", chosen]
         table.add_row(*cells)
+    table.caption = "chosen on held-out training labels; test labels read once"
     rich.print(table)
     folder = os.path.relpath(report["run_dir"])
     print(f"report: {folder}/report.json")
@@ -127,7 +127,7 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
         sweep: whether ``a=1,2`` means two runs.
 
     Returns:
-        The overrides for Hydra: those into a mapping that takes any key, such as ``augment.view_b``, say so with ``++``.
+        The overrides for Hydra: ``++`` before those into a mapping that takes any key, such as ``augment.view_b``.
 
     Raises:
         UserError: one sentence that names the knob, its value and the nearest valid one.

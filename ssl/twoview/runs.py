@@ -177,11 +177,11 @@ def pretrain(
     for line in describe_groups(optimization.build(built, global_batch)):
         log.info("%s", line)
     log.info(
-        "%s on %s: %d images, %s, batch %d, %s, %s",
+        "%s on %s: %s images, %s, batch %d, %s, %s",
         card["method"],
         images.name,
-        len(images.pretrain),
-        architecture["name"],
+        f"{len(images.pretrain):,}",
+        backbone["name"],
         images.batch_size,
         trainer.strategy.root_device,
         trainer.precision,
