@@ -6,7 +6,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from twoview.backbones import create_backbone
-from twoview.data import Preprocess
+from twoview.data import ImageArrays, Preprocess
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, extract, judge, split_holdout
 
@@ -90,11 +90,12 @@ def test_extraction_leaves_the_backbone_as_it_was(name):
     before = {k: v.clone() for k, v in network.state_dict().items()}
     modes = [m.training for m in network.modules()]
     pixels = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
-    features = extract(network, pixels, Preprocess(32, [0.5] * 3, [0.2] * 3), batch_size=4)
+    images = ImageArrays(pixels, torch.zeros(10, dtype=torch.long))
+    features = extract(network, images, Preprocess(32, [0.5] * 3, [0.2] * 3), batch_size=4)
     assert features.shape == (10, width)
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in before.items())
     assert modes == [m.training for m in network.modules()]
-    assert torch.equal(features, extract(network, pixels, Preprocess(32, [0.5] * 3, [0.2] * 3), batch_size=4))
+    assert torch.equal(features, extract(network, images, Preprocess(32, [0.5] * 3, [0.2] * 3), batch_size=4))
 
 
 def test_modes_come_back_after_a_failure():
@@ -103,6 +104,7 @@ def test_modes_come_back_after_a_failure():
             raise RuntimeError
 
     network = Fails().train()
+    images = ImageArrays(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
     with pytest.raises(RuntimeError):
-        extract(network, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), Preprocess(8, [0.5] * 3, [0.2] * 3))
+        extract(network, images, Preprocess(8, [0.5] * 3, [0.2] * 3))
     assert network.training

@@ -26,7 +26,7 @@ ALLOWED = {
     "heads": ({"torch"}, ARITHMETIC | PARTS),
     "augment": ({"torch", "kornia", "numpy"}, ARITHMETIC | PARTS),
     "optim": ({"torch", "timm"}, ARITHMETIC | PARTS),
-    "data": ({"torch", "torchvision", "lightning", "sklearn", "PIL", "numpy"}, ARITHMETIC | PARTS),
+    "data": ({"torch", "torchvision", "lightning", "sklearn", "PIL", "numpy", "tifffile"}, ARITHMETIC | PARTS),
     "methods": ({"torch"}, ARITHMETIC | PARTS | METHODS),
     **dict.fromkeys(
         RUNS, ({"torch", "lightning", "sklearn", "numpy", "PIL", "rich"}, ARITHMETIC | PARTS | METHODS | RUNS)

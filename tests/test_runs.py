@@ -93,7 +93,7 @@ def test_the_evaluation_leaves_the_backbone_untouched(finished):
     data = short_data()
     from twoview.evaluate import extract, judge
 
-    train, test = (extract(backbone, split.pixels, preprocess) for split in (data.train, data.test))
+    train, test = (extract(backbone, split, preprocess) for split in (data.train, data.test))
     judge(train, data.train.labels, test, data.test.labels, Protocol(l2=(1e-2,)), 0)
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, before["method.backbone." + key]), key

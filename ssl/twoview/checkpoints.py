@@ -108,7 +108,7 @@ def rebuild(content: dict[str, Any]) -> tuple[nn.Module, Preprocess]:
             f"checkpoint={content['path']}: its weights do not fit {card['backbone']['name']} as this version of timm "
             f"builds it ({str(error).splitlines()[-1].strip()}); use the timm of the run, {card['versions']['timm']}"
         ) from error
-    return backbone.eval(), Preprocess(card["image_size"], card["mean"], card["std"])
+    return backbone.eval(), Preprocess(card["image_size"], card["mean"], card["std"], card["store_size"])
 
 
 def load(checkpoint: str | Path) -> tuple[nn.Module, Preprocess]:

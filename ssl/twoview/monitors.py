@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twoview import metrics
 from twoview.checkpoints import SaveCheckpoints
-from twoview.data import Batch, ImageArrays, Preprocess
+from twoview.data import Batch, Images, Preprocess
 from twoview.evaluate import extract
 from twoview.pretrain import Pretraining
 
@@ -131,16 +131,15 @@ class KnnCheck(L.Callback):
 
     def __init__(
         self,
-        bank: ImageArrays,
-        held_out: ImageArrays,
+        bank: Images,
+        held_out: Images,
         classes: int,
         preprocess: Preprocess,
         every: int = 10,
         limit: int = 10_000,
         save: SaveCheckpoints | None = None,
     ) -> None:
-        self.bank = ImageArrays(bank.pixels[:limit], bank.labels[:limit])
-        self.held_out = ImageArrays(held_out.pixels[:limit], held_out.labels[:limit])
+        self.bank, self.held_out = (images.subset(torch.arange(min(limit, len(images)))) for images in (bank, held_out))
         self.classes, self.preprocess, self.every, self.save = classes, preprocess, every, save
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,7 +149,7 @@ class KnnCheck(L.Callback):
         if not self.every or not (done or (trainer.current_epoch + 1) % self.every == 0):
             return
         bank, queries = (
-            extract(pl_module.method.backbone, split.pixels, self.preprocess, pl_module.device)
+            extract(pl_module.method.backbone, split, self.preprocess, pl_module.device)
             for split in (self.bank, self.held_out)
         )
         k = min(20, len(bank))

@@ -25,7 +25,7 @@ from twoview import __version__
 from twoview.augment import TwoViews
 from twoview.backbones import build_arguments, create_backbone
 from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, read_checkpoint, rebuild
-from twoview.data import ImageArrays, ImageData, Preprocess
+from twoview.data import ImageData, Images, Preprocess, fit_size, in_order
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, extract, judge, split_holdout
 from twoview.methods import Method
@@ -148,7 +148,6 @@ def pretrain(
     images.seed = seed
     mean, std = images.mean_std
     views = augment(**images.view_limits)
-    fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
     card = {
         "backbone": architecture,
         "method": type(built).__name__,
@@ -156,6 +155,7 @@ def pretrain(
         "mean": mean,
         "std": std,
         "image_size": images.image_size,
+        "store_size": images.pretrain.size,
         "channels": images.channels,
         "classes": images.classes,
         "seed": seed,
@@ -163,17 +163,19 @@ def pretrain(
     }
     global_batch = images.batch_size * training.accumulate
     module = Pretraining(built, views, optimization, schedule, global_batch, seed, card)
-    preprocess = Preprocess(images.image_size, mean, std)
+    preprocess = Preprocess(images.image_size, mean, std, images.pretrain.size)
     save = SaveCheckpoints(run_dir / "checkpoints")
-    check = KnnCheck(
-        _subset(images.train, fit),
-        _subset(images.train, held),
-        len(images.classes),
-        preprocess,
-        training.check_every,
-        save=save,
-    )
-    trainer = _trainer(training, network, [Watch(training.log_every), check, save, Bar()], loggers, run_dir)
+    callbacks: list[L.Callback] = [Watch(training.log_every), save, Bar()]
+    if images.train is not None:
+        fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
+        bank, held_out = images.train.subset(fit), images.train.subset(held)
+        check = KnnCheck(bank, held_out, len(images.classes), preprocess, training.check_every, save=save)
+        callbacks.insert(1, check)
+    trainer = _trainer(training, network, callbacks, loggers, run_dir)
+    if images.broken:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in images.broken))
+        log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
     for line in describe_groups(optimization.build(built, global_batch)):
         log.info("%s", line)
     log.info(
@@ -202,7 +204,7 @@ def pretrain(
             "base_lr": optimization.build(built, global_batch).param_groups[0]["base_lr"],
         }
     }
-    if protocol is not None:
+    if protocol is not None and images.train is not None:
         report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"))
     return _write(report, run_dir)
 
@@ -266,7 +268,7 @@ def preview(
     """
     loaded = data() if callable(data) else data
     views = augment(**loaded.view_limits)
-    pixels = loaded.pretrain.pixels[:images]
+    pixels = fit_size(loaded.pretrain[range(min(images, len(loaded.pretrain)))].pixels, loaded.image_size)
     columns = [pixels]
     for i in range(pairs):
         for view in views(pixels, key=(seed, i)):
@@ -295,6 +297,8 @@ def _judge_checkpoint(
     backbone, preprocess = rebuild(content)
     card = content["twoview"]
     images = data(image_size=card["image_size"], channels=card["channels"]) if callable(data) else data
+    if images.train is None:
+        raise UserError(f"data: {images.name} has no labels to fit and test a probe with; give labelled images")
     if images.channels != card["channels"]:
         raise UserError(f"data: {images.name} has {images.channels} channels, the checkpoint wants {card['channels']}")
     report = _report(task, card | {"data": images.name}, seed, Path(run_dir)) | {"checkpoint": content["path"]}
@@ -314,19 +318,22 @@ def _judged(
 ) -> dict[str, Any]:
     device = _device()
 
-    def features_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda pixels: extract(network, pixels, preprocess, device)
+    assert images.train is not None
+    assert images.test is not None
 
-    sources: dict[str, Callable[[Tensor], Tensor]] = {"trained": features_of(backbone)}
+    def features_of(network: nn.Module) -> Callable[[Images], Tensor]:
+        return lambda split: extract(network, split, preprocess, device)
+
+    sources: dict[str, Callable[[Images], Tensor]] = {"trained": features_of(backbone)}
     if protocol.baselines:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             sources["random initialisation"] = features_of(create_backbone(**card["backbone"])[0])
-        sources["raw pixels"] = lambda pixels: pixels.cpu().flatten(1).float() / 255
+        sources["raw pixels"] = _raw_pixels
     results = {}
     for name, features in sources.items():
         log.info("evaluation: %s", name)
-        train, test = features(images.train.pixels), features(images.test.pixels)
+        train, test = features(images.train), features(images.test)
         results[name] = judge(train, images.train.labels, test, images.test.labels, protocol, seed, probes)
     trained = results["trained"]
     return {
@@ -381,8 +388,10 @@ def _device(accelerator: str = "auto") -> torch.device:
     return torch.device("cpu")
 
 
-def _subset(images: ImageArrays, positions: Tensor) -> ImageArrays:
-    return ImageArrays(images.pixels[positions], images.labels[positions])
+def _raw_pixels(images: Images) -> Tensor:
+    """Pixels as features, at 32 pixels a side at the most: larger pictures would not fit a linear probe."""
+    size = min(images.size, 32)
+    return torch.cat([fit_size(batch.pixels.cpu(), size).flatten(1).float() / 255 for batch in in_order(images)])
 
 
 def _report(task: str, card: Mapping[str, Any], seed: int, run_dir: Path) -> dict[str, Any]:

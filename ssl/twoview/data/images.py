@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from twoview.data.decode import square
 from twoview.errors import UserError
 
 
@@ -42,12 +42,56 @@ class ImageArrays(Dataset[Batch]):
         if len(self.labels) != len(self.pixels):
             raise UserError(f"{len(self.pixels)} images with {len(self.labels)} labels: give one label an image")
 
+    num_workers = 0  # nothing is left to do for a loader process
+
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, positions: Sequence[int] | Tensor) -> Batch:
         ids = torch.as_tensor(positions, dtype=torch.int64)
         return Batch(self.pixels[ids.to(self.pixels.device)], ids, self.labels[ids])
+
+    @property
+    def size(self) -> int:
+        """S, height and width of the stored images in pixels."""
+        return self.pixels.shape[2]
+
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+        return self.pixels.shape[1]
+
+    def subset(self, positions: Tensor) -> "ImageArrays":
+        """The images at some positions."""
+        return ImageArrays(self.pixels[positions], self.labels[positions])
+
+
+class Images(Protocol):
+    """Images of one split, in memory (:class:`ImageArrays`) or decoded when asked for (``folder.Pictures``)."""
+
+    labels: Tensor
+    num_workers: int
+
+    @property
+    def size(self) -> int:
+        """Height and width of the stored images in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: Any) -> Batch: ...
+
+    def subset(self, positions: Tensor) -> "Images":
+        """The images at some positions."""
+
+
+def in_order(images: Images, batch_size: int = 512) -> DataLoader[Batch]:
+    """All images once, in their order, for evaluation and statistics."""
+    chunks: Any = list(torch.arange(len(images)).split(batch_size))
+    return DataLoader(images, batch_size=None, sampler=chunks, num_workers=images.num_workers)  # type: ignore[arg-type]
 
 
 class BatchOrder(Sampler[Tensor]):
@@ -92,13 +136,14 @@ class ImageData(L.LightningDataModule):
 
     Args:
         pretrain: images to learn from; their labels are used by supervised methods alone.
-        train: labelled images for the evaluation; often the same object as ``pretrain``.
-        test: labelled images, read once at the very end.
+        train: labelled images for the evaluation, often the same object as ``pretrain``; None for no evaluation.
+        test: labelled images, read once at the very end; None for no evaluation.
         classes: names of the classes.
         batch_size: global batch of pretraining: over all ranks, before accumulation.
         name: of the data set, for reports.
         mirror: whether a mirrored image is still the same thing.
         least_crop: share of an image's area below which a crop may be of anything.
+        image_size: height and width that the network sees; None for those of the images.
 
     Raises:
         UserError: a batch that is too small for negatives or larger than the data set; labels out of range.
@@ -106,14 +151,15 @@ class ImageData(L.LightningDataModule):
 
     def __init__(
         self,
-        pretrain: ImageArrays,
-        train: ImageArrays,
-        test: ImageArrays,
+        pretrain: Images,
+        train: Images | None,
+        test: Images | None,
         classes: Sequence[str],
         batch_size: int = 256,
         name: str = "images",
         mirror: bool = True,
         least_crop: float = 0.0,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if not 2 <= batch_size <= len(pretrain):
@@ -122,13 +168,15 @@ class ImageData(L.LightningDataModule):
                 f"choose 2 to {len(pretrain)}"
             )
         for split, images in (("training", train), ("test", test)):
-            if int(images.labels.min()) < 0 or int(images.labels.max()) >= len(classes):
+            if images is not None and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(classes):
                 raise UserError(
                     f"{name}: {split} labels must lie in 0 to {len(classes) - 1} for {len(classes)} classes"
                 )
         self.pretrain, self.train, self.test = pretrain, train, test
         self.classes, self.batch_size, self.name = list(classes), batch_size, name
         self.mirror, self.least_crop = mirror, least_crop
+        self.image_size = image_size or pretrain.size
+        self.broken: list[tuple[str, str]] = []  # files that were left out, and why
         self.seed = 0
 
     @property
@@ -141,21 +189,17 @@ class ImageData(L.LightningDataModule):
     @property
     def channels(self) -> int:
         """C of the images."""
-        return self.pretrain.pixels.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.pretrain.pixels.shape[2]
+        return self.pretrain.channels
 
     @cached_property
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the images to learn from, on the scale [0, 1]."""
-        sums = torch.zeros(2, self.channels, dtype=torch.float64)
-        for part in self.pretrain.pixels.split(4096):
-            values = part.to("cpu", torch.float32).div_(255).transpose(0, 1).flatten(1)
+        sums, count = torch.zeros(2, self.channels, dtype=torch.float64), 0
+        for batch in in_order(self.pretrain):
+            values = batch.pixels.to("cpu", torch.float32).div_(255).transpose(0, 1).flatten(1)
             sums += torch.stack([values.sum(1, dtype=torch.float64), values.square_().sum(1, dtype=torch.float64)])
-        mean, square = sums / (self.pretrain.pixels.numel() / self.channels)
+            count += values.shape[1]
+        mean, square = sums / count
         return mean.tolist(), (square - mean**2).clamp(min=1e-6).sqrt().tolist()
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -165,8 +209,11 @@ class ImageData(L.LightningDataModule):
         device, world_size = self.trainer.strategy.root_device, self.trainer.world_size
         if self.batch_size % world_size:
             raise UserError(f"data.batch_size={self.batch_size} cannot be divided among trainer.devices={world_size}")
-        if device.type == "cuda" and self.pretrain.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.pretrain.pixels = self.pretrain.pixels.to(device, non_blocking=True)
+        images = self.pretrain
+        held = False
+        if isinstance(images, ImageArrays) and device.type == "cuda":
+            held = images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+            images.pixels = images.pixels.to(device) if held else images.pixels
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         order = BatchOrder(
             len(self.pretrain),
@@ -176,8 +223,14 @@ class ImageData(L.LightningDataModule):
             self.trainer.global_rank,
             world_size,
         )
-        pin = device.type == "cuda" and not self.pretrain.pixels.is_cuda
-        return DataLoader(self.pretrain, batch_size=None, sampler=order, pin_memory=pin)
+        pin = device.type == "cuda" and not held
+        return DataLoader(
+            images,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=order,
+            pin_memory=pin,
+            num_workers=images.num_workers,
+        )
 
 
 def fit_size(pixels: Tensor, size: int) -> Tensor:
@@ -206,20 +259,23 @@ def fit_channels(pixels: Tensor, channels: int) -> Tensor:
 
 
 class Preprocess(nn.Module):
-    """What evaluation and deployment do with an image: resize to the square size of the run, scale, normalise.
+    """What evaluation and deployment do with an image: resize, cut out the centre square, scale, normalise.
 
     Args:
-        image_size: height and width in pixels.
+        image_size: height and width of the result in pixels.
         mean: C means on the scale [0, 1].
         std: C deviations on the same scale.
+        store_size: what the short side is resized to first; None for ``image_size``.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, image_size: int, mean: Sequence[float], std: Sequence[float], store_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.store_size = image_size, store_size or image_size
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
@@ -231,12 +287,18 @@ class Preprocess(nn.Module):
 
         Returns:
             fp32 ``[N, C, image_size, image_size]``, on the device of this module.
+
+        Raises:
+            TypeError: a tensor that is not uint8.
         """
+        channels = len(self.mean)
         if isinstance(images, Image.Image):
-            images = torch.from_numpy(np.array(images.convert("L" if len(self.mean) == 1 else "RGB")))
-            images = images[None] if images.ndim == 2 else images.permute(2, 0, 1)
+            images = square(images, self.store_size, channels)
         if images.dtype != torch.uint8:
             raise TypeError(f"Preprocess takes uint8 images in [0, 255], not {images.dtype}")
-        images = images[None] if images.ndim == 3 else images
-        pixels = fit_size(fit_channels(images, len(self.mean)), self.image_size).to(self.mean.device)
+        images = fit_channels(images[None] if images.ndim == 3 else images, channels)
+        if tuple(images.shape[2:]) != (self.store_size, self.store_size):
+            images = torch.stack([square(image, self.store_size, channels) for image in images.cpu()])
+        top = (self.store_size - self.image_size) // 2
+        pixels = images[:, :, top : top + self.image_size, top : top + self.image_size].to(self.mean.device)
         return pixels.float().div_(255).sub_(self.mean).div_(self.std)

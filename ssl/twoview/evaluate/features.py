@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from twoview.data import Images, in_order
+
 
 @torch.no_grad()
 def extract(
     backbone: nn.Module,
-    pixels: Tensor,
+    images: Images,
     preprocess: nn.Module,
     device: torch.device | str = "cpu",
     batch_size: int = 512,
@@ -16,7 +18,7 @@ def extract(
 
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``, in any mode.
-        pixels: uint8 ``[N, C, H, W]``.
+        images: the images, in memory or not.
         preprocess: ``uint8 [N, C, H, W] -> fp32 [N, C, h, w]``.
         device: where to compute.
         batch_size: images at a time.
@@ -30,8 +32,8 @@ def extract(
     try:
         with torch.autocast(torch.device(device).type, enabled=False):
             parts = [
-                backbone(preprocess(part.to(device)).to(memory_format=torch.channels_last)).float().cpu()
-                for part in pixels.split(batch_size)
+                backbone(preprocess(batch.pixels.to(device)).to(memory_format=torch.channels_last)).float().cpu()
+                for batch in in_order(images, batch_size)
             ]
     finally:
         for module, mode in modes.items():
