@@ -71,12 +71,6 @@ def test_neighbouring_seeds_and_epochs_do_not_share_orders():
     assert len(orders) == 25
 
 
-@pytest.mark.parametrize("batch_size", [1, 0, 101])
-def test_batches_that_cannot_be_are_refused(batch_size):
-    with pytest.raises(UserError, match=f"data.batch_size={batch_size}: fake has 100 images"):
-        fake(images=100, batch_size=batch_size)
-
-
 def test_wrong_arrays_are_refused():
     pixels, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     with pytest.raises(UserError, match="uint8"):

@@ -50,7 +50,6 @@ def test_shuffled_test_labels_change_nothing_but_the_test_figures():
 
 
 def test_choices_are_made_on_the_held_out_labels():
-    """With mirrored labels on the held-out part, other choices are made; with mirrored labels elsewhere not by val."""
     features, labels = blobs(spread=4.0)
     fit, held = split_holdout(labels, 0.2, seed=0)
     result = judge(

@@ -141,7 +141,11 @@ def test_a_folder_of_broken_files_an_empty_one_and_none(tmp_path):
         load(tmp_path / "missing")
     photo().save(tmp_path / "empty" / "1.png")
     with pytest.raises(UserError, match=r"data.batch_size=4: folder has 1 images"):
-        load(tmp_path / "empty")
+        pretrain(
+            tmp_path / "run",
+            data=lambda: load(tmp_path / "empty"),
+            backbone={"name": "test_resnet", "in_chans": 3, "image_size": 16},
+        )
 
 
 def gradient(size=40):
@@ -302,6 +306,7 @@ def test_without_labels_there_is_training_and_no_evaluation(tmp_path):
     report = pretrain(tmp_path / "run", data=lambda: load(tmp_path), **arguments)
     assert "results" not in report
     assert report["training"]["images_seen"] == 40
+    assert "val/effective_rank" in (tmp_path / "run" / "metrics.csv").read_text()
     with pytest.raises(UserError, match="has no labels"):
         runs.linear_probe(tmp_path / "run", lambda **_: load(tmp_path), run_dir=tmp_path / "probe")
 
@@ -328,3 +333,5 @@ def test_anyones_own_dataset(tmp_path, caplog):
         protocol=Protocol(l2=(1e-2,), k=(1,), baselines=False),
     )
     assert report["results"]["trained"]["knn"]["test_top1"] == 1
+    backbone = {"name": "test_resnet", "in_chans": 3, "image_size": 16}
+    assert "results" not in pretrain(tmp_path / "bare", data=Own(600), backbone=backbone)

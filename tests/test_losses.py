@@ -127,11 +127,10 @@ def test_value_and_gradient_are_finite(variant, temperature, dtype):
     assert z_b.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The weight of "dclw" is held constant in the gradient on purpose.
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "dclw"])
 def test_gradient_is_the_derivative(variant):
     z_a, z_b = (z.requires_grad_() for z in pair(4, 3))
-    if variant == "dclw":  # its weight is held constant on purpose
-        return
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.3, variant=variant), (z_a, z_b))
 
 
@@ -182,6 +181,5 @@ def test_wrong_shapes_are_refused():
 def test_chance_is_the_loss_of_embeddings_that_say_nothing():
     same = torch.ones(8, 3)
     assert_close(nt_xent(same, same, 0.1).item(), chance_level(14), rtol=1e-6, atol=0)
-    level = chance_level(14, "dcl")
-    assert_close(nt_xent(same, same, 0.1, variant="dcl").item(), level - 0.0 + math.log(1), rtol=1e-2, atol=10)
+    assert_close(nt_xent(same, same, 0.1, variant="dcl").item(), chance_level(14, "dcl"), rtol=1e-5, atol=0)
     assert_close(chance_level(torch.tensor([3, 7])), (math.log(4) + math.log(8)) / 2)

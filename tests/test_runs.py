@@ -13,10 +13,15 @@ from torch import nn
 import twoview
 from twoview import runs
 from twoview.augment import TwoViews
+from twoview.backbones import build_arguments, create_backbone
 from twoview.checkpoints import read_checkpoint
+from twoview.data import ImageArrays, digits
 from twoview.errors import UserError
 from twoview.evaluate import Protocol
 from twoview.methods import SimCLR
+from twoview.monitors import FeatureCheck
+from twoview.optim import Optimization
+from twoview.schedules import constant
 
 CPU = runs.Training(max_epochs=2, accelerator="cpu", precision="32-true", log_every=3, check_every=1)
 
@@ -47,12 +52,12 @@ def test_a_run_trains_and_reports(finished):
 def test_everything_promised_is_logged(finished):
     columns = metrics(finished.folder)[0].keys()
     names = """
-        loss chance contrastive_top1 positive_similarity negative_similarity alignment uniformity effective_rank
-        feature_std lr images_per_second time_load time_augment time_train
+        loss chance contrastive_top1 positive_similarity negative_similarity alignment uniformity
+        feature_std embedding_std lr images_per_second time_load time_augment time_train
     """
     for name in names.split():
         assert f"train/{name}" in columns
-    assert {"val/knn_top1", "val/effective_rank"} <= columns
+    assert {"val/knn_top1", "val/effective_rank", "val/effective_rank_rows"} <= columns
     row = next(row for row in metrics(finished.folder) if row["train/loss"])
     shares = [float(row[f"train/time_{part}"]) for part in ("load", "augment", "train")]
     assert sum(shares) == pytest.approx(1)
@@ -125,7 +130,7 @@ def test_time_becomes_a_number_of_steps(tmp_path, caplog):
     caplog.set_level("INFO")
     pretrain(tmp_path, training=replace(CPU, max_epochs=None, max_time="5s", check_every=0), protocol=None)
     content = read_checkpoint(tmp_path)
-    assert content["twoview"]["total_steps"] == content["global_step"] > 10
+    assert content["twoview"]["total_steps"] == content["global_step"] < math.inf
     assert "the run has" in caplog.text
     rates = [float(row["train/lr"]) for row in metrics(tmp_path) if row["train/lr"]]
     assert rates[-1] < 0.1 * max(rates)
@@ -157,7 +162,66 @@ def test_collapse_is_said_in_plain_words(tmp_path, caplog):
             return self.bias + 0 * x[:, :8]
 
     pretrain(tmp_path, head=lambda width: Constant(), protocol=None)
-    assert caplog.text.count("The features are collapsing: all images get nearly the same embedding") == 1
+    assert caplog.text.count("The features are collapsing: all images get nearly the same") == 1
+
+
+def test_a_collapsed_backbone_is_seen_through_the_batchnorm_of_the_head(tmp_path, caplog):
+    class Collapsed(SimCLR):
+        """A backbone whose features differ by a thousandth, which the head's BatchNorm spreads again."""
+
+        def __init__(self, backbone, head):
+            super().__init__(backbone, head)
+            self.backbone.register_forward_hook(lambda module, inputs, features: 1 + 1e-3 * features)
+
+    pretrain(tmp_path, method=Collapsed, protocol=None)
+    rows = [row for row in metrics(tmp_path) if row["train/embedding_std"]]
+    assert float(rows[-1]["train/embedding_std"]) > 0.5
+    assert caplog.text.count("The features are collapsing") == 1
+
+
+def test_divergence_is_said_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+: training has diverged; lower optimizer.lr"):
+        pretrain(
+            tmp_path,
+            optimization=Optimization(torch.optim.SGD, lr=1e20),
+            training=replace(CPU, log_every=1),
+            schedule=constant,
+        )
+
+
+def test_epochs_may_end_a_run_before_its_time(tmp_path):
+    pretrain(tmp_path, training=replace(CPU, max_time="1h"), protocol=None)
+    assert read_checkpoint(tmp_path)["twoview"]["total_steps"] == 20
+    rates = [float(row["train/lr"]) for row in metrics(tmp_path) if row["train/lr"]]
+    assert rates[-1] < 0.2 * max(rates)
+
+
+@pytest.mark.parametrize("batch_size", [1, 0, 1348])
+def test_batches_that_cannot_be_are_refused(tmp_path, batch_size):
+    with pytest.raises(UserError, match=f"data.batch_size={batch_size}: digits has 1347 images"):
+        pretrain(tmp_path, data=partial(short_data, batch_size=batch_size))
+
+
+def test_checks_of_a_part_see_every_class():
+    labels = torch.arange(10).repeat_interleave(100)
+    images = ImageArrays(torch.zeros(1000, 1, 8, 8, dtype=torch.uint8), labels)
+    check = FeatureCheck(images, images, 10, nn.Identity(), None, limit=200)
+    for part in (check.bank, check.held_out):
+        assert len(part) == 200
+        assert len(part.labels.unique()) == 10
+
+
+def test_the_probe_takes_sizes_from_the_checkpoint_and_refuses_others(finished, tmp_path):
+    for knob in ({"image_size": 24}, {"channels": 3}):
+        with pytest.raises(UserError, match=f"data.{next(iter(knob))}=.*: the checkpoint was made for"):
+            runs.linear_probe(finished.folder, partial(digits, **knob), run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "xcit_nano_12_p16_224", "vit_tiny_patch16_224"])
+def test_any_network_is_rebuilt_from_its_checkpoint(name):
+    network, _ = create_backbone(name, in_chans=1, image_size=32)
+    rebuilt, _ = create_backbone(**build_arguments(network))
+    rebuilt.load_state_dict(network.state_dict())
 
 
 def test_a_healthy_run_does_not_warn(tmp_path, caplog):
@@ -184,6 +248,10 @@ def test_a_preview_is_a_picture_of_all_views(tmp_path):
         ({"max_epochs": None}, "trainer.max_time=null"),
         ({"max_epochs": None, "max_time": "soon"}, "trainer.max_time=soon"),
         ({"max_epochs": None, "max_time": "-5m"}, "trainer.max_time=-5m"),
+        ({"max_epochs": None, "max_time": "infh"}, "trainer.max_time=infh"),
+        ({"max_time": ""}, "trainer.max_time="),
+        ({"accelerator": "tpu"}, "trainer.accelerator=tpu"),
+        ({"clip": "abc"}, "trainer.clip=abc"),
         ({"log_every": 0}, "trainer.log_every=0"),
     ],
 )
@@ -198,8 +266,9 @@ def test_times_are_read(text, seconds):
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path):
-    with pytest.raises(UserError, match="trainer.precision=16-mixed"):
-        pretrain(tmp_path, training=replace(CPU, precision="16-mixed"))
+    for precision in ("16-mixed", 16, "64-true"):
+        with pytest.raises(UserError, match="trainer.precision="):
+            pretrain(tmp_path, training=replace(CPU, precision=precision))
 
 
 def test_a_missing_accelerator_is_said_in_a_sentence(tmp_path):

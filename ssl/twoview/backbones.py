@@ -73,7 +73,11 @@ def create_backbone(
         raise UserError(f"backbone.name={name}: timm has no such network; {_nearest(name)}")
     if stem not in get_args(Stem):
         raise UserError(f"backbone.stem={stem}: choose one of {', '.join(get_args(Stem))}")
-    network = _build(name, in_chans, image_size, pretrained, from_scratch=not (weights or pretrained), options=options)
+    if in_chans < 1:
+        raise UserError(f"data.channels={in_chans}: must be at least 1")
+    network, used = _build(
+        name, in_chans, image_size, pretrained, from_scratch=not (weights or pretrained), options=options
+    )
     if stem == "auto":
         small = isinstance(network, ResNet) and image_size <= SMALL_IMAGE and not (weights or pretrained)
         stem = auto_stem if small else "timm"
@@ -81,13 +85,12 @@ def create_backbone(
         _use_small_stem(network, name, stride=2 if stem == "small_stride2" else 1)
     if weights is not None:
         _load_weights(network, Path(weights), partial_weights)
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     network.build_arguments = {  # type: ignore[assignment]
         "name": name,
         "in_chans": in_chans,
         "image_size": image_size,
         "stem": stem,
-        "options": {**(options or {}), **({"patch_size": int(patch[0])} if patch else {})},
+        "options": {**(options or {}), **used},
     }
     return network, feature_width(network, in_chans, image_size, given)
 
@@ -109,8 +112,8 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
         features = network.eval()(torch.zeros(2, in_chans, image_size, image_size))
     except Exception as error:
         raise UserError(
-            f"data.image_size={image_size}: {name} cannot take images of {image_size}x{image_size} pixels "
-            f"({str(error).splitlines()[0]}); choose a larger data.image_size or another backbone.name"
+            f"data.image_size={image_size}: {name} cannot run on images of {in_chans}x{image_size}x{image_size} "
+            f"({str(error).splitlines()[0]}); choose another data.image_size, backbone.name or backbone.options"
         ) from error
     finally:
         network.train(was_training)
@@ -129,7 +132,8 @@ def is_depthwise(network: nn.Module) -> bool:
 
 def _build(
     name: str, in_chans: int, image_size: int, pretrained: bool, from_scratch: bool, options: Mapping[str, Any] | None
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, int]]:
+    """The network, and the patch size that it was given if it was."""
     arguments = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained, **(options or {})}
     sizes: list[dict[str, int]] = [{"img_size": image_size}, {}]
     if from_scratch and image_size <= SMALL_IMAGE and "patch_size" not in arguments:
@@ -138,23 +142,19 @@ def _build(
     for size in sizes:
         try:
             network: nn.Module = timm.create_model(name, **arguments, **size)
-        except TypeError as error:  # this family has no such argument
-            if size and any(key in str(error) for key in size):
-                continue
-            raise UserError(f"backbone.options={dict(options or {})}: {name} refuses them ({error})") from error
-        except (AssertionError, ValueError) as error:
-            if size and not pretrained and "patch_size" in size:
-                continue
-            raise UserError(
-                f"backbone.name={name} cannot be built for data.image_size={image_size}: {error}"
-            ) from error
         except OSError as error:
             raise UserError(
                 f"backbone.pretrained=true: no published weights of {name} could be fetched ({error}); "
                 "check the network, or give a local file as backbone.weights=FILE"
             ) from error
+        except Exception as error:  # this family has no such argument, or takes no such size
+            if size:
+                continue
+            raise UserError(
+                f"backbone.name={name} cannot be built with backbone.options={dict(options or {})} ({error})"
+            ) from error
         else:
-            return network
+            return network, {k: v for k, v in size.items() if k == "patch_size"}
     raise AssertionError("the last attempt passes no size")
 
 

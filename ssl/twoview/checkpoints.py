@@ -55,9 +55,9 @@ class SaveCheckpoints(L.Callback):
         """Go on from ``state_dict``."""
         self.best = state_dict["best"]
 
-    def checked(self, trainer: L.Trainer, score: float) -> None:
-        """Save after a check of the features; a greater score is better."""
-        if score > self.best:
+    def checked(self, trainer: L.Trainer, score: float | None) -> None:
+        """Save after a check of the features; a greater score is better, None is no score."""
+        if score is not None and score > self.best:
             self.best = score
             trainer.save_checkpoint(self.folder / BEST)
         trainer.save_checkpoint(self.folder / LAST)
@@ -76,7 +76,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         UserError: nothing there, or no checkpoint of twoview.
     """
-    path = Path(checkpoint).expanduser()
+    path = Path(str(checkpoint)).expanduser()  # a folder of a sweep may be called 0
     if path.is_dir():
         path = next((p for p in (path / "checkpoints" / LAST, path / LAST) if p.exists()), path)
     if not path.is_file():

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
 # In the wheel beside this file, in a clone at its root.
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"
+
+# Knobs that the evaluation of a checkpoint does not have, or takes from the checkpoint.
+_PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels", "eval.k", "eval.temperature")
 
 _mistakes: list[str] = []
 
@@ -56,12 +60,14 @@ def _job(cfg: DictConfig) -> float | None:
     try:
         return _run(cfg)
     except Exception as error:
-        mistake = next((e for e in _causes(error) if isinstance(e, UserError)), None)
-        if mistake is None or os.environ.get("HYDRA_FULL_ERROR"):
+        mistake = next((str(e) for e in _causes(error) if isinstance(e, UserError)), None)
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        if os.environ.get("HYDRA_FULL_ERROR") or (mistake is None and not sweep):
             raise
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other runs go on
-            mistake = UserError(f"{' '.join(HydraConfig.get().overrides.task)}: {mistake}")
-            log.error("%s", mistake)
+        if sweep:  # the other runs go on
+            words = " ".join(HydraConfig.get().overrides.task)
+            log.error("%s: %s", words, mistake or "failed", exc_info=mistake is None)
+            mistake = f"{words}: {mistake or f'{type(error).__name__}: {error}'}"
         _mistakes.append(str(mistake))
         return None
 
@@ -72,7 +78,22 @@ def _run(cfg: DictConfig) -> float | None:
     select_by = cfg.get("select_by")
     if select_by not in (None, *SELECTABLE):
         raise UserError(f"select_by={select_by}: choose one of {', '.join(SELECTABLE)}")
-    result = hydra.utils.instantiate(cfg.task, _convert_="all")
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "task"])
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(plain, resolve=True))
+    parts = {}
+    for name, node in cfg.task.items():
+        if not name.startswith("_"):
+            try:
+                parts[name] = hydra.utils.instantiate(node, _convert_="all") if OmegaConf.is_config(node) else node
+            except HydraException as error:
+                if any(isinstance(e, UserError) for e in _causes(error)):
+                    raise
+                # A part that cannot be built of the knobs it was given, or an extra that is not installed.
+                raise UserError(f"{name}: {str(error.__cause__ or error).splitlines()[0]}") from error
+    result = hydra.utils.get_method(cfg.task._target_)(**parts)
     if not isinstance(result, Mapping):
         return None
     if "results" in result:
@@ -104,7 +125,16 @@ def _print_table(report: Mapping[str, Any]) -> None:
     folder = os.path.relpath(report["run_dir"])
     print(f"report: {folder}/report.json")
     if report["task"] == "pretrain":
-        print(f"again:  python train.py task=linear_probe data={report['data']} checkpoint={folder}")
+        given = HydraConfig.get().overrides.task
+        same = [o for o in given if o.startswith(("data.", "eval.", "seed=")) and o.split("=")[0] not in _PRETRAIN_ONLY]
+        words = [
+            "task=linear_probe",
+            f"data={HydraConfig.get().runtime.choices['data']}",
+            *same,
+            f"checkpoint={folder}",
+        ]
+        program = "python train.py" if Path(sys.argv[0]).name == "train.py" else "twoview"
+        print(f"again:  {program} {shlex.join(words)}")
 
 
 def quoted(argument: str) -> str:
@@ -133,7 +163,8 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
         UserError: one sentence that names the knob, its value and the nearest valid one.
     """
     parser = OverridesParser.create()
-    parsed = []
+    parsed: list[Override] = []
+    others: list[Override] = []  # further values of a sweep
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -144,15 +175,18 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
                 raise UserError(f"{text}: several values are a sweep; add -m, or quote the value if it is one")
             if not override.is_discrete_sweep():
                 continue
-            override = parser.parse_override(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
+            key = override.get_key_element()
+            override, *more = (parser.parse_override(f"{key}={value}") for value in override.sweep_string_iterator())
+            others += more
         parsed.append(override)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         groups = [o for o in parsed if _choices(o.key_or_group)]
         _check_groups(groups)
         base = hydra.compose("config", _texts(groups))
         knobs = _knobs(base)
-        for override in parsed:
-            if override not in groups and not override.key_or_group.startswith("hydra"):
+        _check_groups([o for o in others if _choices(o.key_or_group)], alone=True)
+        for override in [*parsed, *others]:
+            if not _choices(override.key_or_group) and not override.key_or_group.startswith("hydra"):
                 _check_value(override, knobs)
         try:
             cfg = hydra.compose("config", [_free(text, knobs) for text in _texts(parsed)])
@@ -163,7 +197,8 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
     return [_free(text, knobs) for text in overrides]
 
 
-def _check_groups(groups: list[Override]) -> None:
+def _check_groups(groups: list[Override], alone: bool = False) -> None:
+    """Whether the choices exist, and unless they are looked at ``alone`` whether the task has these groups."""
     for override in groups:
         group, choice, choices = override.key_or_group, override.value(), _choices(override.key_or_group)
         if choice is not None and choice not in choices:
@@ -171,6 +206,8 @@ def _check_groups(groups: list[Override]) -> None:
                 f"{group}={choice}: there is no {group} {str(choice)!r}; {_nearest(str(choice), choices)}"
                 f"choose one of {', '.join(choices)}"
             )
+    if alone:
+        return
     # The task and the experiment first: they say which other groups there are.
     good: list[str] = []
     for override in sorted(
@@ -208,7 +245,9 @@ def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
         )
     before = knobs.get(key)
     wanted = next((words for kind, words in _KINDS if isinstance(before, kind)), None)
-    if wanted and value is not None and not _fits(before, value):
+    if value is None and before is not None and not str(before).startswith("${"):
+        raise UserError(f"{key}=null: this knob needs a value, such as {before}")
+    if wanted and not _fits(before, value):
         raise UserError(f"{key}={value}: give {wanted}, such as {before}")
 
 
@@ -229,8 +268,10 @@ def _fits(before: Any, value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
         case float():
             return isinstance(value, int | float) and not isinstance(value, bool)
+        case str():
+            return True
         case list():
-            return isinstance(value, list)
+            return isinstance(value, list) and all(_fits(before[0], v) for v in value if before)
         case _:
             return isinstance(value, dict)
 

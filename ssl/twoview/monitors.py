@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from twoview import metrics
 from twoview.checkpoints import SaveCheckpoints
 from twoview.data import Batch, Images, Preprocess
+from twoview.errors import UserError
 from twoview.evaluate import extract
 from twoview.pretrain import Pretraining
 
@@ -29,7 +30,7 @@ class Watch(L.Callback):
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.warned: set[str] = set()
+        self.warned = False
         self.batch_end = self.batch_start = self.logged_at = time.perf_counter()
         self.batches = 0
         self.load = self.augment = self.lap_start = 0.0
@@ -48,6 +49,12 @@ class Watch(L.Callback):
         for hook in self.hooks:
             hook.remove()
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the time between epochs out, which checks and checkpoints take."""
+        now = time.perf_counter()
+        self.logged_at += now - self.batch_end
+        self.batch_end = now
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -63,16 +70,22 @@ class Watch(L.Callback):
         self.batches += 1
         if trainer.global_step % self.every == 0 and pl_module.step is not None:
             step = pl_module.step
+            loss = float(step.loss.detach())
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {trainer.global_step}: training has diverged; lower optimizer.lr "
+                    f"(it was {trainer.optimizers[0].param_groups[0]['lr']:g}), or set trainer.clip=1"
+                )
             z_a, z_b = (z[:1024] for z in step.embeddings)
             now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
             seconds = now - self.logged_at
             figures = {
-                "loss": float(step.loss.detach()),
+                "loss": loss,
                 **{name: float(value) for name, value in step.logs.items()},
                 "alignment": metrics.alignment(z_a, z_b),
                 "uniformity": metrics.uniformity(z_a),
-                "effective_rank": metrics.effective_rank(z_a),
-                "feature_std": metrics.feature_std(z_a),
+                "embedding_std": metrics.feature_std(z_a),
+                "feature_std": metrics.feature_std(step.features[:1024]),
                 "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
                 "images_per_second": images / seconds,
                 "time_load": self.load / seconds,
@@ -80,7 +93,7 @@ class Watch(L.Callback):
                 "time_train": 1 - (self.load + self.augment) / seconds,
             }
             pl_module.log_dict({f"train/{name}": value for name, value in figures.items()})
-            self._warn(figures)
+            self._warn(figures, trainer.global_step / pl_module.total_steps)
             self.batches, self.load, self.augment, self.logged_at = 0, 0.0, 0.0, time.perf_counter()
         self.batch_end = time.perf_counter()
 
@@ -95,81 +108,79 @@ class Watch(L.Callback):
             self.augment += (now - self.lap_start) * (8 if pl_module.device.type == "cuda" else 1)
         self.lap_start = now
 
-    def _warn(self, figures: dict[str, float]) -> None:
-        signs = {
-            "std": (
-                figures["feature_std"] < 0.1,
-                f"all images get nearly the same embedding (feature_std {figures['feature_std']:.3f}, 1 is healthy)",
-            ),
-            "rank": (
-                figures["effective_rank"] < 3,
-                f"embeddings vary in about {figures['effective_rank']:.1f} directions only",
-            ),
-        }
-        for name, (collapsed, words) in signs.items():
-            if collapsed and name not in self.warned:
-                self.warned.add(name)
-                log.warning(
-                    "The features are collapsing: %s. Try a lower optimizer.lr, another method.temperature, or "
-                    "stronger augmentation.",
-                    words,
-                )
+    def _warn(self, figures: dict[str, float], progress: float) -> None:
+        # A BatchNorm at the end of the head spreads whatever noise is left: the backbone's own features tell. At random
+        # initialisation they are nearly alike too, hence the wait.
+        alike = figures["embedding_std"] < 0.1 or (progress > 0.25 and figures["feature_std"] < 0.05)
+        if alike and not self.warned:
+            self.warned = True
+            log.warning(
+                "The features are collapsing: all images get nearly the same (deviation of features %.3f, of "
+                "embeddings %.3f; 1 is spread evenly). Try a lower optimizer.lr, another method.temperature, or "
+                "stronger augmentation.",
+                figures["feature_std"],
+                figures["embedding_std"],
+            )
 
 
-class KnnCheck(L.Callback):
-    """Every n epochs: kNN accuracy of held-out training images against the others, clean, from the backbone.
+class FeatureCheck(L.Callback):
+    """Every n epochs, on clean images: effective rank, and kNN accuracy of held-out training images against the others.
 
     Args:
-        bank: labelled training images that vote.
-        held_out: labelled training images that are classified.
+        bank: images whose features are looked at, and whose labels vote.
+        held_out: labelled training images that are classified; None for no kNN.
         classes: number of classes.
         preprocess: of both.
+        save: told of every score.
         every: epochs between checks; 0 for never. The last epoch is always checked otherwise.
         limit: greatest number of images on each side, which bounds the time of a check.
-        save: told of every score.
     """
 
     def __init__(
         self,
         bank: Images,
-        held_out: Images,
+        held_out: Images | None,
         classes: int,
         preprocess: Preprocess,
+        save: SaveCheckpoints,
         every: int = 10,
         limit: int = 10_000,
-        save: SaveCheckpoints | None = None,
     ) -> None:
-        self.bank, self.held_out = (images.subset(torch.arange(min(limit, len(images)))) for images in (bank, held_out))
+        self.bank = _sample(bank, limit)
+        self.held_out = None if held_out is None else _sample(held_out, limit)
         self.classes, self.preprocess, self.every, self.save = classes, preprocess, every, save
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check, and log ``val/knn_top1`` and the effective rank of the backbone's features."""
+        """Check, log ``val/knn_top1`` and ``val/effective_rank``, and save."""
         assert isinstance(pl_module, Pretraining)
         done = trainer.fit_loop.epoch_loop.global_step >= pl_module.total_steps
         if not self.every or not (done or (trainer.current_epoch + 1) % self.every == 0):
             return
-        bank, queries = (
-            extract(pl_module.method.backbone, split, self.preprocess, pl_module.device)
-            for split in (self.bank, self.held_out)
-        )
-        k = min(20, len(bank))
-        predicted = metrics.knn_predict(bank, self.bank.labels, queries, k, 0.1, self.classes)
-        figures = {
-            "val/knn_top1": float((predicted == self.held_out.labels).float().mean()),
-            "val/effective_rank": metrics.effective_rank(bank[: 10 * bank.shape[1]]),
-        }
+        bank = extract(pl_module.method.backbone, self.bank, self.preprocess, pl_module.device)
+        rows = bank[: 10 * bank.shape[1]]
+        # RankMe wants 10 rows a dimension: with fewer, the figure is cut by them, so it is logged how many there were.
+        figures = {"val/effective_rank": metrics.effective_rank(rows), "val/effective_rank_rows": float(len(rows))}
+        words = f"effective rank {figures['val/effective_rank']:.1f} of {bank.shape[1]}"
+        if self.held_out is not None:
+            queries = extract(pl_module.method.backbone, self.held_out, self.preprocess, pl_module.device)
+            predicted = metrics.knn_predict(bank, self.bank.labels, queries, min(20, len(bank)), 0.1, self.classes)
+            figures["val/knn_top1"] = float((predicted == self.held_out.labels).float().mean())
+            words = f"kNN on held-out training images {100 * figures['val/knn_top1']:.1f} %, {words}"
         pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
-        log.info(
-            "epoch %d: kNN on held-out training images %.1f %%",
-            trainer.current_epoch + 1,
-            100 * figures["val/knn_top1"],
-        )
-        if self.save is not None:
-            self.save.checked(trainer, figures["val/knn_top1"])
+        log.info("epoch %d: %s", trainer.current_epoch + 1, words)
+        self.save.checked(trainer, figures.get("val/knn_top1"))
+
+
+def _sample(images: Images, limit: int) -> Images:
+    # At random, always the same: the first pictures of a folder are of one class.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.subset(order[:limit].sort().values)
 
 
 class TimeLimit(L.Callback):
     """Turns a time into a number of steps, so that every schedule knows the end: measured on 50 steps after 10 others.
+
+    Steps so slow that this would take more than a fifth of the time are measured on fewer.
 
     Args:
         seconds: for training, > 0.
@@ -179,12 +190,11 @@ class TimeLimit(L.Callback):
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.steps = self.warm_steps = 0
+        self.fixed = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; the schedule waits."""
-        assert isinstance(pl_module, Pretraining)
-        self.steps_of_epochs = pl_module.total_steps
-        pl_module.total_steps = math.inf
+        """Start the clock."""
         self.start = self.warm_at = time.perf_counter()
 
     def on_train_batch_end(
@@ -192,18 +202,22 @@ class TimeLimit(L.Callback):
     ) -> None:
         """Fix the number of steps once it can be told."""
         assert isinstance(pl_module, Pretraining)
-        if pl_module.total_steps != math.inf:
-            return
         now, steps = time.perf_counter(), trainer.global_step
-        if steps <= self.warm:
-            self.warm_at = now
-        # Steps of minutes: do not spend more than a fifth of the time on measuring.
-        elif steps == self.warm + self.timed or now - self.start > self.seconds / 5:
-            per_step = (now - self.warm_at) / (steps - self.warm)
+        if self.fixed or steps == self.steps:  # no update: a batch of several that are accumulated
+            return
+        self.steps = steps
+        late = now - self.start > self.seconds / 5
+        if steps <= self.warm and not late:
+            self.warm_at, self.warm_steps = now, steps
+        elif late or steps == self.warm + self.timed:
+            per_step = (now - self.warm_at) / (steps - self.warm_steps)
             left = max(0.0, self.seconds - (now - self.start))
-            total = trainer.strategy.broadcast(int(min(steps + max(1, int(left / per_step)), self.steps_of_epochs)))
+            # trainer.max_epochs may end the run before.
+            total = int(min(steps + max(1, int(left / per_step)), pl_module.total_steps))
+            total = trainer.strategy.broadcast(total)
             pl_module.total_steps = float(total)
             trainer.fit_loop.epoch_loop.max_steps = total
+            self.fixed = True
             log.info("trainer.max_time: %.3f s a step, so the run has %d steps", per_step, total)
 
 

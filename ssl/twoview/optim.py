@@ -53,7 +53,10 @@ class Optimization:
         for group, name in zip(groups, ("biases and norms", "weights"), strict=True):
             group["name"] = name
         lr = scaled_lr(self.lr, global_batch, self.lr_scaling)
-        optimizer = self.factory([g for g in groups if g["params"]], lr=lr)
+        try:
+            optimizer = self.factory([g for g in groups if g["params"]], lr=lr)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer.factory: {error}") from error
         for group in optimizer.param_groups:
             group["base_lr"] = lr  # the schedule multiplies this; it travels in the optimiser's state
         return optimizer

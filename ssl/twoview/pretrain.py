@@ -104,7 +104,8 @@ def choose_precision(precision: str, backbone: torch.nn.Module, device: torch.de
     """Lightning's name of the precision to train in.
 
     Args:
-        precision: "auto" or any of Lightning's. "auto" is bf16 autocast where the device has it natively and the
+        precision: "auto", "32-true", "bf16-mixed" or "16-mixed".
+            "auto" is bf16 autocast where the device has it natively and the
             network is not mostly depthwise (slower in bf16 on a CPU), else fp32.
         backbone: the network.
         device: where it will be trained.
@@ -112,6 +113,10 @@ def choose_precision(precision: str, backbone: torch.nn.Module, device: torch.de
     Raises:
         UserError: fp16 on a CPU, where it takes minutes for one batch.
     """
+    names = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
+    precision = names.get(str(precision), str(precision))
+    if precision not in ("auto", *names.values()):
+        raise UserError(f"trainer.precision={precision}: choose auto, {', '.join(names.values())}")
     if device.type == "cpu" and precision.startswith("16"):
         raise UserError(f"trainer.precision={precision}: a CPU cannot train in fp16; use auto, bf16-mixed or 32-true")
     if precision != "auto":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -20,16 +21,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from twoview import __version__
 from twoview.augment import TwoViews
 from twoview.backbones import build_arguments, create_backbone
 from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, read_checkpoint, rebuild
-from twoview.data import ImageData, Images, Preprocess, fit_size, in_order
+from twoview.data import ImageData, Images, Preprocess, fit_size, from_dataset, in_order
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, extract, judge, split_holdout
 from twoview.methods import Method
-from twoview.monitors import Bar, KnnCheck, TimeLimit, Watch
+from twoview.monitors import Bar, FeatureCheck, TimeLimit, Watch
 from twoview.optim import Optimization, describe_groups
 from twoview.pretrain import Pretraining, choose_precision
 
@@ -47,7 +49,7 @@ class Training:
         max_time: greatest time for training, as "15m", "2h", "90s" or "HH:MM:SS"; it becomes a number of steps.
         accelerator: "auto", "cpu", "gpu" or "mps".
         devices: processes, one device each.
-        precision: "auto", or any precision of Lightning's; see :func:`twoview.pretrain.choose_precision`.
+        precision: "auto", "32-true", "bf16-mixed" or "16-mixed"; see :func:`twoview.pretrain.choose_precision`.
         accumulate: batches in one optimiser step; adds no negatives.
         clip: greatest norm of the gradient, None for no limit.
         log_every: steps between logged figures.
@@ -68,6 +70,10 @@ class Training:
     check_every: int = 10
 
     def __post_init__(self) -> None:
+        if self.accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
+            raise UserError(f"trainer.accelerator={self.accelerator}: choose auto, cpu, gpu or mps")
+        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
+            raise UserError(f"trainer.clip={self.clip}: give a number above 0, or null for no limit")
         if self.max_epochs is None and self.max_time is None:
             raise UserError("trainer.max_epochs=null trainer.max_time=null: give one of them, or the run has no end")
         for knob, least in (("max_epochs", 1), ("devices", 1), ("accumulate", 1), ("log_every", 1), ("check_every", 0)):
@@ -88,15 +94,15 @@ class Training:
             else:
                 hours, minutes, rest = (int(part) for part in text.split(":"))
                 seconds = hours * 3600.0 + minutes * 60 + rest
-        except ValueError:
+        except (ValueError, IndexError):
             seconds = -1.0
-        if seconds <= 0:
+        if not 0 < seconds < math.inf:
             raise UserError(f"trainer.max_time={text}: give a time above 0 such as 15m, 2h, 90s or 01:30:00")
         return seconds
 
 
 def pretrain(
-    data: ImageData | Callable[[], ImageData],
+    data: ImageData | Callable[[], ImageData] | Dataset[Any],
     method: Callable[[nn.Module, nn.Module], Method],
     backbone: Mapping[str, Any],
     head: Callable[[int], nn.Module],
@@ -105,14 +111,15 @@ def pretrain(
     schedule: Callable[[float, float], float],
     training: Training | None = None,
     protocol: Protocol | None = None,
-    loggers: Sequence[Any] = (),
+    loggers: Sequence[Any] | Mapping[str, Any] = (),
     seed: int = 0,
     run_dir: str | Path = "run",
 ) -> dict[str, Any]:
     """Pretrain a backbone without labels, then judge its features.
 
     Args:
-        data: the images, or what loads them; it is called after everything cheap has been checked.
+        data: the images; or what loads them, called after everything cheap has been checked; or your own torch
+            Dataset of pictures, see :func:`twoview.data.from_dataset` (which also takes a test set and a batch size).
         method: makes a method of a backbone and a head, such as ``twoview.methods.SimCLR``.
         backbone: arguments of :func:`twoview.backbones.create_backbone`; channels and size must be those of the images.
         head: makes a head for features of a width.
@@ -121,7 +128,7 @@ def pretrain(
         schedule: ``(epoch, epochs) -> factor`` of the learning rate.
         training: how long and on what.
         protocol: how the features are judged; None for not at all.
-        loggers: Lightning loggers.
+        loggers: Lightning loggers, by name or not.
         seed: of initialisation, image order, augmentation and held-out split.
         run_dir: folder for checkpoints and ``report.json``; made if missing.
 
@@ -136,6 +143,8 @@ def pretrain(
     network, width = create_backbone(**backbone)
     built = method(network, head(width))
     architecture = build_arguments(network)
+    if isinstance(data, Dataset):
+        data = from_dataset(data, architecture["image_size"], architecture["in_chans"])
     images = data() if callable(data) else data
     if (images.channels, images.image_size) != (
         architecture["in_chans"],
@@ -165,13 +174,18 @@ def pretrain(
     module = Pretraining(built, views, optimization, schedule, global_batch, seed, card)
     preprocess = Preprocess(images.image_size, mean, std, images.pretrain.size)
     save = SaveCheckpoints(run_dir / "checkpoints")
-    callbacks: list[L.Callback] = [Watch(training.log_every), save, Bar()]
+    bank, held_out = images.pretrain, None
     if images.train is not None:
         fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
         bank, held_out = images.train.subset(fit), images.train.subset(held)
-        check = KnnCheck(bank, held_out, len(images.classes), preprocess, training.check_every, save=save)
-        callbacks.insert(1, check)
+    check = FeatureCheck(bank, held_out, len(images.classes), preprocess, save, training.check_every)
+    callbacks: list[L.Callback] = [Watch(training.log_every), check, save, Bar()]
     trainer = _trainer(training, network, callbacks, loggers, run_dir)
+    if not 2 <= images.batch_size <= len(images.pretrain):
+        raise UserError(
+            f"data.batch_size={images.batch_size}: {images.name} has {len(images.pretrain)} images to learn from; "
+            f"choose 2 to {len(images.pretrain)}"
+        )
     if images.broken:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in images.broken))
@@ -189,7 +203,15 @@ def pretrain(
         trainer.precision,
     )
     start = time.perf_counter()
-    trainer.fit(module, datamodule=images)
+    try:
+        trainer.fit(module, datamodule=images)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"data.batch_size={images.batch_size}: out of memory; try a smaller data.batch_size or data.image_size, a "
+            "smaller backbone.name, or trainer.precision=bf16-mixed"
+        ) from error
     seconds = time.perf_counter() - start
     seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images.batch_size
     report = _report("pretrain", card, seed, run_dir) | {
@@ -205,7 +227,8 @@ def pretrain(
         }
     }
     if protocol is not None and images.train is not None:
-        report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"))
+        device = trainer.strategy.root_device
+        report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"), device)
     return _write(report, run_dir)
 
 
@@ -266,9 +289,15 @@ def preview(
     Returns:
         Path of the picture.
     """
+    for knob, value in (("images", images), ("pairs", pairs)):
+        if value < 1:
+            raise UserError(f"{knob}={value}: must be at least 1")
     loaded = data() if callable(data) else data
     views = augment(**loaded.view_limits)
-    pixels = fit_size(loaded.pretrain[range(min(images, len(loaded.pretrain)))].pixels, loaded.image_size)
+    pixels = fit_size(
+        loaded.pretrain[torch.linspace(0, len(loaded.pretrain) - 1, min(images, len(loaded.pretrain))).long()].pixels,
+        loaded.image_size,
+    )
     columns = [pixels]
     for i in range(pairs):
         for view in views(pixels, key=(seed, i)):
@@ -296,15 +325,21 @@ def _judge_checkpoint(
     content = read_checkpoint(checkpoint)
     backbone, preprocess = rebuild(content)
     card = content["twoview"]
-    images = data(image_size=card["image_size"], channels=card["channels"]) if callable(data) else data
+    stored = {knob: card[knob] for knob in ("image_size", "channels", "store_size")}
+    given = getattr(data, "keywords", {})  # what a partial function was told
+    for knob, value in stored.items():
+        if given.get(knob) not in (None, value):
+            raise UserError(f"data.{knob}={given[knob]}: the checkpoint was made for {value}; leave data.{knob} out")
+    if "store_size" not in given:
+        del stored["store_size"]
+    images = data(**stored) if callable(data) else data
     if images.train is None:
         raise UserError(f"data: {images.name} has no labels to fit and test a probe with; give labelled images")
     if images.channels != card["channels"]:
         raise UserError(f"data: {images.name} has {images.channels} channels, the checkpoint wants {card['channels']}")
     report = _report(task, card | {"data": images.name}, seed, Path(run_dir)) | {"checkpoint": content["path"]}
-    return _write(
-        report | _judged(backbone, preprocess, card, images, protocol or Protocol(), seed, probes), Path(run_dir)
-    )
+    report |= _judged(backbone, preprocess, card, images, protocol or Protocol(), seed, probes, _device())
+    return _write(report, Path(run_dir))
 
 
 def _judged(
@@ -315,14 +350,13 @@ def _judged(
     protocol: Protocol,
     seed: int,
     probes: Sequence[str],
+    device: torch.device,
 ) -> dict[str, Any]:
-    device = _device()
-
     assert images.train is not None
     assert images.test is not None
 
     def features_of(network: nn.Module) -> Callable[[Images], Tensor]:
-        return lambda split: extract(network, split, preprocess, device)
+        return lambda split: extract(network, split, preprocess, device, images.batch_size)
 
     sources: dict[str, Callable[[Images], Tensor]] = {"trained": features_of(backbone)}
     if protocol.baselines:
@@ -344,7 +378,7 @@ def _judged(
 
 
 def _trainer(
-    training: Training, network: nn.Module, callbacks: list[L.Callback], loggers: Sequence[Any], run_dir: Path
+    training: Training, network: nn.Module, callbacks: list[L.Callback], loggers: Any, run_dir: Path
 ) -> L.Trainer:
     if training.seconds is not None:
         callbacks.append(TimeLimit(training.seconds))
@@ -363,7 +397,7 @@ def _trainer(
             gradient_clip_val=training.clip,
             log_every_n_steps=training.log_every,
             callbacks=callbacks,
-            logger=list(loggers),
+            logger=list(loggers.values() if isinstance(loggers, Mapping) else loggers),
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -406,7 +440,8 @@ def _report(task: str, card: Mapping[str, Any], seed: int, run_dir: Path) -> dic
         "versions": _versions(),
         "commit": _commit(),
         "hardware": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
@@ -438,6 +473,15 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _device_name(device: torch.device) -> str:

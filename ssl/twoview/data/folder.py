@@ -241,8 +241,8 @@ def _list(roots: str | Sequence[str], knob: str) -> tuple[list[str], list[str | 
     """Paths of pictures and their class names, None where unknown."""
     paths: list[str] = []
     names: list[str | None] = []
-    for root in [roots] if isinstance(roots, str | Path) else roots:
-        where = Path(root).expanduser()
+    for root in roots if isinstance(roots, list | tuple) else [roots]:
+        where = Path(str(root)).expanduser()
         if where.is_dir():
             found, labels, others = _walk(where)
             if not found:

@@ -139,14 +139,14 @@ class ImageData(L.LightningDataModule):
         train: labelled images for the evaluation, often the same object as ``pretrain``; None for no evaluation.
         test: labelled images, read once at the very end; None for no evaluation.
         classes: names of the classes.
-        batch_size: global batch of pretraining: over all ranks, before accumulation.
+        batch_size: global batch of pretraining, over all ranks, before accumulation; images at a time in evaluation.
         name: of the data set, for reports.
         mirror: whether a mirrored image is still the same thing.
         least_crop: share of an image's area below which a crop may be of anything.
         image_size: height and width that the network sees; None for those of the images.
 
     Raises:
-        UserError: a batch that is too small for negatives or larger than the data set; labels out of range.
+        UserError: labels out of range.
     """
 
     def __init__(
@@ -162,11 +162,6 @@ class ImageData(L.LightningDataModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not 2 <= batch_size <= len(pretrain):
-            raise UserError(
-                f"data.batch_size={batch_size}: {name} has {len(pretrain)} images to learn from; "
-                f"choose 2 to {len(pretrain)}"
-            )
         for split, images in (("training", train), ("test", test)):
             if images is not None and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(classes):
                 raise UserError(

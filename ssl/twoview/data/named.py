@@ -48,6 +48,8 @@ def fake(
         images: number of training images; a quarter as many test images.
         classes: number of classes.
     """
+    if classes < 2:
+        raise UserError(f"data.classes={classes}: must be at least 2")
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> ImageArrays:
@@ -110,7 +112,7 @@ def _cifar(
 
 
 def _fetch(kind: Any, name: str, root: str | Path, download: bool, **which: Any) -> Any:
-    root = Path(root).expanduser()
+    root = Path(str(root)).expanduser()
     try:
         return kind(root, **which)
     except RuntimeError:  # torchvision: not found or corrupted

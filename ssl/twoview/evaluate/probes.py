@@ -1,6 +1,7 @@
 """Linear probe and kNN on fixed features; every choice is made on a held-out part of the training labels."""
 
 import itertools
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from twoview.errors import UserError
 from twoview.metrics import knn_neighbours, knn_vote
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,11 @@ class Protocol:
     def __post_init__(self) -> None:
         if not 0 < self.holdout < 1:
             raise UserError(f"eval.holdout={self.holdout}: give a share of the training labels between 0 and 1")
+        if self.max_iterations < 1:
+            raise UserError(f"eval.max_iterations={self.max_iterations}: must be at least 1")
         for knob in ("l2", "k", "temperature"):
             values = getattr(self, knob)
-            if not values or not all(v > 0 for v in values):
+            if not values or not all(isinstance(v, int | float) and v > 0 for v in values):
                 raise UserError(f"eval.{knob}={list(values)}: give one or more numbers above 0")
 
 
@@ -125,7 +130,12 @@ def _fit_linear(features: Tensor, labels: Tensor, l2: float, max_iterations: int
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(features.numpy(), labels.numpy())
-    return model, not any(issubclass(w.category, ConvergenceWarning) for w in caught)
+    converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
+    if not converged:
+        log.warning(
+            "linear probe at L2 %g: not converged in %d iterations; raise eval.max_iterations", l2, max_iterations
+        )
+    return model, converged
 
 
 def _knn(
