@@ -91,9 +91,10 @@ def choices():
 
 @pytest.mark.parametrize(("group", "choice"), choices())
 def test_every_choice_composes_and_instantiates(group, choice):
-    check_overrides([f"{group}={choice}"])
+    root = ["data.root=x"] if choice in ("folder", "cifar10_cpu") else []
+    check_overrides([f"{group}={choice}", *root])
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config", [f"{group}={choice}"])
+        cfg = hydra.compose("config", [f"{group}={choice}", *root])
         if group in ("logger", "experiment"):  # loggers are extras, and experiments have no node of their own
             return
         node = hydra.utils.instantiate(cfg[group], _convert_="all")
