@@ -32,6 +32,9 @@ CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"
 # Knobs that the evaluation of a checkpoint does not have, or takes from the checkpoint.
 _PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels", "eval.k", "eval.temperature")
 
+# Knobs whose null means something although they have a value by default.
+_MAY_BE_NULL = ("trainer.max_epochs", "select_by")
+
 _mistakes: list[str] = []
 
 
@@ -245,7 +248,7 @@ def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
         )
     before = knobs.get(key)
     wanted = next((words for kind, words in _KINDS if isinstance(before, kind)), None)
-    if value is None and before is not None and not str(before).startswith("${"):
+    if value is None and before is not None and key not in _MAY_BE_NULL and not str(before).startswith("${"):
         raise UserError(f"{key}=null: this knob needs a value, such as {before}")
     if wanted and not _fits(before, value):
         raise UserError(f"{key}={value}: give {wanted}, such as {before}")
