@@ -250,7 +250,7 @@ def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
     wanted = next((words for kind, words in _KINDS if isinstance(before, kind)), None)
     if value is None and before is not None and key not in _MAY_BE_NULL and not str(before).startswith("${"):
         raise UserError(f"{key}=null: this knob needs a value, such as {before}")
-    if wanted and not _fits(before, value):
+    if wanted and value is not None and not _fits(before, value):
         raise UserError(f"{key}={value}: give {wanted}, such as {before}")
 
 
