@@ -191,9 +191,9 @@ def folder(
         splits.append(images)
         broken += bad
     log.info(
-        "data: %s of %.2f GB as uint8: %s",
-        "all in memory," if needed <= budget else "decoded anew in every epoch,",
-        needed / 1e9,
+        "data: %s %s MB as uint8: %s",
+        "all in memory," if needed <= budget else "decoded anew in every epoch:",
+        f"{needed / 1e6:,.0f}",
         f"{channels}x{size}x{size} an image",
     )
     pretrain, train, test = _split(splits, seed)
