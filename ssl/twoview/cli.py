@@ -184,10 +184,10 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
         parsed.append(override)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         groups = [o for o in parsed if _choices(o.key_or_group)]
+        _check_choices([*groups, *(o for o in others if _choices(o.key_or_group))])
         _check_groups(groups)
         base = hydra.compose("config", _texts(groups))
         knobs = _knobs(base)
-        _check_groups([o for o in others if _choices(o.key_or_group)], alone=True)
         for override in [*parsed, *others]:
             if not _choices(override.key_or_group) and not override.key_or_group.startswith("hydra"):
                 _check_value(override, knobs)
@@ -200,8 +200,7 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
     return [_free(text, knobs) for text in overrides]
 
 
-def _check_groups(groups: list[Override], alone: bool = False) -> None:
-    """Whether the choices exist, and unless they are looked at ``alone`` whether the task has these groups."""
+def _check_choices(groups: list[Override]) -> None:
     for override in groups:
         group, choice, choices = override.key_or_group, override.value(), _choices(override.key_or_group)
         if choice is not None and choice not in choices:
@@ -209,14 +208,13 @@ def _check_groups(groups: list[Override], alone: bool = False) -> None:
                 f"{group}={choice}: there is no {group} {str(choice)!r}; {_nearest(str(choice), choices)}"
                 f"choose one of {', '.join(choices)}"
             )
-    if alone:
-        return
+
+
+def _check_groups(groups: list[Override]) -> None:
     # The task and the experiment first: they say which other groups there are.
+    first = {"task": 0, "experiment": 1}
     good: list[str] = []
-    for override in sorted(
-        groups,
-        key=lambda o: ("task", "experiment").index(o.key_or_group) if o.key_or_group in ("task", "experiment") else 9,
-    ):
+    for override in sorted(groups, key=lambda o: first.get(o.key_or_group, 2)):
         try:
             hydra.compose("config", [*good, *_texts([override])])
         except HydraException as error:

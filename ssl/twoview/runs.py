@@ -154,6 +154,11 @@ def pretrain(
             f"data: images of {images.channels}x{images.image_size}x{images.image_size} do not fit a backbone made for "
             f"in_chans={architecture['in_chans']}, image_size={architecture['image_size']}"
         )
+    if not 2 <= images.batch_size <= len(images.pretrain):
+        raise UserError(
+            f"data.batch_size={images.batch_size}: {images.name} has {len(images.pretrain)} images to learn from; "
+            f"choose 2 to {len(images.pretrain)}"
+        )
     images.seed = seed
     mean, std = images.mean_std
     views = augment(**images.view_limits)
@@ -181,16 +186,13 @@ def pretrain(
     check = FeatureCheck(bank, held_out, len(images.classes), preprocess, save, training.check_every)
     callbacks: list[L.Callback] = [Watch(training.log_every), check, save, Bar()]
     trainer = _trainer(training, network, callbacks, loggers, run_dir)
-    if not 2 <= images.batch_size <= len(images.pretrain):
-        raise UserError(
-            f"data.batch_size={images.batch_size}: {images.name} has {len(images.pretrain)} images to learn from; "
-            f"choose 2 to {len(images.pretrain)}"
-        )
+    device = trainer.strategy.root_device
     if images.broken:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in images.broken))
         log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
-    for line in describe_groups(optimization.build(built, global_batch)):
+    optimizer = optimization.build(built, global_batch)  # as the Trainer will build it
+    for line in describe_groups(optimizer):
         log.info("%s", line)
     log.info(
         "%s on %s: %s images, %s, batch %d, %s, %s",
@@ -199,7 +201,7 @@ def pretrain(
         f"{len(images.pretrain):,}",
         backbone["name"],
         images.batch_size,
-        trainer.strategy.root_device,
+        device,
         trainer.precision,
     )
     start = time.perf_counter()
@@ -222,12 +224,11 @@ def pretrain(
             "seconds": round(seconds, 1),
             "batch_size": images.batch_size,
             "precision": str(trainer.precision),
-            "device": _device_name(trainer.strategy.root_device),
-            "base_lr": optimization.build(built, global_batch).param_groups[0]["base_lr"],
+            "device": _device_name(device),
+            "base_lr": optimizer.param_groups[0]["base_lr"],
         }
     }
     if protocol is not None and images.train is not None:
-        device = trainer.strategy.root_device
         report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"), device)
     return _write(report, run_dir)
 
