@@ -9,6 +9,7 @@ from twoview.backbones import create_backbone
 from twoview.data import ImageArrays, Preprocess
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, extract, judge, split_holdout
+from twoview.evaluate.probes import fit_linear
 
 
 def blobs(n=200, classes=4, d=8, seed=0, spread=1.5):
@@ -37,6 +38,30 @@ def test_the_probe_is_scikit_learns_on_standardised_features():
     model = LogisticRegression(C=1 / (1e-2 * 200), max_iter=1000).fit(scaler.transform(train[0]), train[1])
     assert result["test_top1"] == pytest.approx(model.score(scaler.transform(test[0]), test[1]))
     assert result["converged"]
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_every_penalty_of_the_grid_reaches_scikit_learns_optimum(constant):
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.randn(16, 16, generator=generator)
+    features = torch.randn(300, 16, generator=generator) * torch.logspace(0, -3, 16) @ turn + 5  # nearly dependent
+    if constant:
+        features[:, 3] = 7.0
+    labels = (features[:, 4:7] + 0.5 * torch.randn(300, 3, generator=generator)).argmax(1)
+    grid = [1.0, 1e-2, 1e-4]
+    probes, converged = fit_linear(features, labels, grid, 1000)
+    assert converged
+    standard = StandardScaler().fit_transform(features.double())
+    for l2, probe in zip(grid, probes, strict=True):
+        model = LogisticRegression(C=1 / (l2 * 300), max_iter=5000, tol=1e-8).fit(standard, labels)
+        ours = torch.softmax(features @ probe[:-1] + probe[-1], 1)
+        np.testing.assert_allclose(ours, model.predict_proba(standard), atol=2e-3)
+
+
+def test_a_probe_that_did_not_converge_is_said(caplog):
+    _, converged = fit_linear(*blobs(spread=4.0), [1e-4], 2)
+    assert not converged
+    assert "not converged in 2 iterations; raise eval.max_iterations" in caplog.text
 
 
 def test_shuffled_test_labels_change_nothing_but_the_test_figures():

@@ -2,20 +2,16 @@
 
 import itertools
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn import functional as F
 
+from twoview.data import split_labels
 from twoview.errors import UserError
 from twoview.metrics import knn_neighbours, knn_vote
 
@@ -67,15 +63,12 @@ def split_holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tens
     Returns:
         int64 positions ``[N - h]`` and ``[h]``, ascending.
     """
-    stratify = labels.numpy() if int(labels.bincount()[labels.unique()].min()) > 1 else None
     try:
-        parts = train_test_split(np.arange(len(labels)), test_size=share, stratify=stratify, random_state=seed)
+        return split_labels(labels, share, seed)
     except ValueError as error:
         raise UserError(
             f"eval.holdout={share}: cannot hold out that share of {len(labels)} labels ({error})"
         ) from error
-    fit, held = (torch.from_numpy(np.sort(p)) for p in parts)
-    return fit, held
 
 
 def judge(
@@ -113,29 +106,81 @@ def judge(
 def _linear(
     train: Tensor, labels: Tensor, fit: Tensor, held: Tensor, test: Tensor, protocol: Protocol
 ) -> tuple[Tensor, dict[str, Any]]:
-    best: dict[str, Any] = {"val_top1": -1.0}
     # Strong penalties first: of a tie, the strongest is kept.
-    for l2 in sorted(protocol.l2, reverse=True):
-        model, _ = _fit_linear(train[fit], labels[fit], l2, protocol.max_iterations)
-        accuracy = _accuracy(torch.from_numpy(model.predict(train[held].numpy())), labels[held])
-        if accuracy > best["val_top1"]:
-            best = {"val_top1": accuracy, "l2": l2}
-    model, converged = _fit_linear(train, labels, best["l2"], protocol.max_iterations)
-    return torch.from_numpy(model.predict(test.numpy())), {**best, "converged": converged}
+    grid = sorted(protocol.l2, reverse=True)
+    probes, _ = fit_linear(train[fit], labels[fit], grid, protocol.max_iterations)
+    accuracies = [_accuracy(_scores(probe, train[held]).argmax(1), labels[held]) for probe in probes]
+    best = int(np.argmax(accuracies))
+    probes, converged = fit_linear(train, labels, grid[best : best + 1], protocol.max_iterations)
+    chosen = {"val_top1": accuracies[best], "l2": grid[best], "converged": converged}
+    return _scores(probes[0], test).argmax(1), chosen
 
 
-def _fit_linear(features: Tensor, labels: Tensor, l2: float, max_iterations: int) -> tuple[Any, bool]:
-    # scikit-learn's C weighs the sum of the losses, hence the number of images in it.
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (l2 * len(labels)), max_iter=max_iterations))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(features.numpy(), labels.numpy())
-    converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    if not converged:
-        log.warning(
-            "linear probe at L2 %g: not converged in %d iterations; raise eval.max_iterations", l2, max_iterations
-        )
-    return model, converged
+def fit_linear(
+    features: Tensor, labels: Tensor, l2: Sequence[float], max_iterations: int = 1000
+) -> tuple[Tensor, bool]:
+    """Multinomial logistic regressions on standardised features, one for each penalty, fitted together by L-BFGS.
+
+    Each minimises mean cross-entropy + ``l2 / 2`` times the squared norm of the weights; the intercept is free. The
+    problem is convex. It is solved in coordinates in which its Hessian at zero weights is nearly the identity, so that
+    tens of iterations do where plain coordinates take hundreds.
+
+    Args:
+        features: fp32 ``[N, F]``.
+        labels: int64 ``[N]``, C classes numbered from 0.
+        l2: P penalties.
+        max_iterations: of L-BFGS.
+
+    Returns:
+        fp32 ``[P, F + 1, C]``, weights for the features as they were given with the intercept last; whether the
+        iterations sufficed.
+    """
+    n, width = features.shape
+    classes = int(labels.max()) + 1
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
+    standard = (features - mean) / scale
+    variances, directions = torch.linalg.eigh(standard.T @ standard / n)
+    penalties = torch.tensor(l2, dtype=torch.float32)
+    # At zero weights the softmax contributes covariance / C to the Hessian.
+    unit = (variances.clamp(min=0) / classes + penalties[:, None]).rsqrt()[..., None]  # [P, F, 1]
+    weights = torch.zeros(len(l2), width, classes, requires_grad=True)
+    intercepts = torch.zeros(len(l2), 1, classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights, intercepts],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+    rows = max(1, 2**24 // (len(l2) * classes))
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total: Tensor = (0.5 * penalties[:, None, None] * (unit * weights).square()).sum()
+        total.backward()
+        for x, y in zip(standard.split(rows), labels.split(rows), strict=True):
+            # One product for all penalties.
+            joined = (directions @ (unit * weights)).transpose(0, 1).flatten(1)
+            scores = (x @ joined).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
+            part = F.cross_entropy(scores.flatten(0, 1), y.repeat_interleave(len(l2)), reduction="sum") / n
+            part.backward()
+            total = total.detach() + part.detach()
+        return total
+
+    optimizer.step(loss)
+    iterations = optimizer.state[weights]["n_iter"]
+    if iterations >= max_iterations:
+        log.warning("linear probe: not converged in %d iterations; raise eval.max_iterations", iterations)
+    with torch.no_grad():
+        slopes = (directions @ (unit * weights)) / scale[:, None]
+        return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), iterations < max_iterations
+
+
+def _scores(probe: Tensor, features: Tensor) -> Tensor:
+    scores: Tensor = features @ probe[:-1] + probe[-1]
+    return scores
 
 
 def _knn(
