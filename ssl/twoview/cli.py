@@ -33,7 +33,7 @@ CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"
 _PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels", "eval.k", "eval.temperature")
 
 # Knobs whose null means something although they have a value by default.
-_MAY_BE_NULL = ("trainer.max_epochs", "select_by")
+_MAY_BE_NULL = ("trainer.max_epochs", "trainer.max_time", "select_by")
 
 _mistakes: list[str] = []
 

@@ -1,7 +1,7 @@
 """Images as uint8 with their index: decoded once, one square size a run."""
 
 from twoview.data.decode import square
-from twoview.data.folder import Pictures, folder, from_dataset
+from twoview.data.folder import folder
 from twoview.data.images import (
     Batch,
     BatchOrder,
@@ -12,8 +12,11 @@ from twoview.data.images import (
     fit_channels,
     fit_size,
     in_order,
+    split_labels,
 )
 from twoview.data.named import cifar10, cifar100, digits, fake, stl10
+from twoview.data.pictures import Pictures, from_dataset
+from twoview.data.shards import parquet, webdataset
 
 __all__ = [
     "Batch",
@@ -32,6 +35,9 @@ __all__ = [
     "folder",
     "from_dataset",
     "in_order",
+    "parquet",
+    "split_labels",
     "square",
     "stl10",
+    "webdataset",
 ]

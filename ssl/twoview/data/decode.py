@@ -1,8 +1,9 @@
 """One picture, whatever its kind, as square uint8."""
 
+import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ def square(item: Any, size: int, channels: int) -> Tensor:
     """A picture with its short side resized to ``size`` and its centre square cut out.
 
     Args:
-        item: path of a picture (any format of Pillow's, multi-channel TIFF, or ``.npy``), a PIL image, or an array or
-            tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` of uint8, uint16 (scaled by 1/257) or floats in [0, 1].
+        item: path or bytes of a picture (any format of Pillow's, multi-channel TIFF, or ``.npy``), a PIL image, or an
+            array or tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` of uint8, uint16 (scaled by 1/257) or floats in
+            [0, 1].
         size: height and width in pixels.
         channels: 1 (luma), 3 (RGB; alpha over white), 4 (RGBA or CMYK as it is), or those of an array.
 
@@ -29,24 +31,33 @@ def square(item: Any, size: int, channels: int) -> Tensor:
         OSError, ValueError, SyntaxError, or whatever else Pillow raises: a file that is broken, or no picture.
     """
     if isinstance(item, str | Path):
-        path = Path(item)
-        if path.suffix.lower() == ".npy":
-            return _fit(_array(np.load(path, allow_pickle=False), channels), size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit is kept
-            warnings.filterwarnings("ignore", category=UserWarning)  # of odd metadata
-            try:
-                with Image.open(path) as image:
-                    return square(image, size, channels)
-            except (OSError, ValueError):
-                if path.suffix.lower() in (".tif", ".tiff") and path.stat().st_size:
-                    return _fit(_array(_read_tiff(path), channels), size)
-                raise
+        with open(item, "rb") as handle:
+            return _square_of_file(handle, size, channels)
+    if isinstance(item, bytes):
+        return _square_of_file(io.BytesIO(item), size, channels)
     if isinstance(item, Image.Image):
         return _fit(_array(_pixels_of(item, size, channels), channels), size)
     # Tensors are [C, H, W] by convention, also where they are narrower than they have channels.
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.ndim == 3 else np.asarray(item)
     return _fit(_array(array, channels, last=isinstance(item, Tensor)), size)
+
+
+def _square_of_file(handle: BinaryIO, size: int, channels: int) -> Tensor:
+    begins = handle.read(6)
+    handle.seek(0)
+    if begins == b"\x93NUMPY":
+        return _fit(_array(np.load(handle, allow_pickle=False), channels), size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit is kept
+        warnings.filterwarnings("ignore", category=UserWarning)  # of odd metadata
+        try:
+            with Image.open(handle) as image:
+                return square(image, size, channels)
+        except (OSError, ValueError):
+            if begins[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                handle.seek(0)
+                return _fit(_array(_read_tiff(handle), channels), size)
+            raise
 
 
 def _pixels_of(image: Image.Image, size: int, channels: int) -> np.ndarray:
@@ -65,13 +76,13 @@ def _pixels_of(image: Image.Image, size: int, channels: int) -> np.ndarray:
     return np.asarray(turned.convert("L" if channels == 1 else "RGB"))
 
 
-def _read_tiff(path: Path) -> np.ndarray:
+def _read_tiff(handle: BinaryIO) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
         raise ValueError('TIFF with many channels needs: pip install "twoview[tiff]"') from None
     try:
-        pixels: np.ndarray = tifffile.imread(path)
+        pixels: np.ndarray = tifffile.imread(handle)
     except Exception as error:  # tifffile raises errors of its own
         raise ValueError(f"broken TIFF ({error})") from error
     return pixels

@@ -1,26 +1,20 @@
-"""Pictures as people have them: folders of any nesting, labelled or not, some files broken; or anyone's own Dataset."""
+"""Pictures as people have them: folders of any nesting, labelled or not, and lists of files."""
 
 import csv
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from sklearn.model_selection import train_test_split
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from twoview.data.decode import SUFFIXES, square
-from twoview.data.images import Batch, ImageArrays, ImageData
+from twoview.data.decode import SUFFIXES
+from twoview.data.images import ImageData
+from twoview.data.pictures import Split, load_splits
 from twoview.errors import UserError
 
 log = logging.getLogger(__name__)
-
-CHUNK = 256  # pictures that a worker hands over at a time
 
 
 class Paths(Sequence[str]):
@@ -37,204 +31,32 @@ class Paths(Sequence[str]):
     def __getitem__(self, position: Any) -> Any:
         return os.fsdecode(self.blob[self.ends[position] : self.ends[position + 1]].tobytes())
 
-
-class Items(Sequence[Any]):
-    """The pictures of anyone's Dataset, whose items are pictures or tuples that begin with one."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, position: Any) -> Any:
-        item = self.dataset[int(position)]
-        return item[0] if isinstance(item, tuple | list) else item
+    def name(self, position: int) -> str:
+        """For messages."""
+        return str(self[position])
 
 
-class Pictures(Dataset[Batch]):
-    """Pictures decoded when they are asked for, many positions at a time; what :class:`ImageArrays` is in memory.
-
-    Args:
-        source: what :func:`twoview.data.decode.square` takes, by position.
-        labels: int64 ``[N]``, -1 where unknown.
-        size: height and width after decoding, in pixels.
-        channels: C of the images.
-        positions: int64 ``[N]``, where each image lies in ``source``; None for all in order.
-        num_workers: loader processes.
-    """
-
-    def __init__(
-        self,
-        source: Sequence[Any],
-        labels: Tensor,
-        size: int,
-        channels: int,
-        positions: Tensor | None = None,
-        num_workers: int = 0,
-    ) -> None:
-        self.source, self.labels, self.size, self.channels = source, labels, size, channels
-        self.positions = torch.arange(len(source)) if positions is None else positions
-        self.num_workers = num_workers
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, positions: Any) -> Batch:
-        ids = torch.as_tensor(positions, dtype=torch.int64)
-        return Batch(torch.stack([self._decode(int(i)) for i in ids]), ids, self.labels[ids])
-
-    def subset(self, positions: Tensor) -> "Pictures":
-        """The pictures at some positions."""
-        return Pictures(
-            self.source, self.labels[positions], self.size, self.channels, self.positions[positions], self.num_workers
-        )
-
-    def _decode(self, position: int) -> Tensor:
-        # All were read once before training; one that has broken since is replaced by the next that has not.
-        for step in range(min(16, len(self))):
-            where = int(self.positions[(position + step) % len(self)])
-            try:
-                return square(self.source[where], self.size, self.channels)
-            except Exception as error:
-                log.warning(
-                    "%s can no longer be read (%s); the next one stands in for it", _name(self.source, where), error
-                )
-        raise OSError("16 pictures in a row can no longer be read: is the disk still there?")
-
-
-class _Read(NamedTuple):
-    """What a worker says of one chunk; pixels are of the readable pictures alone."""
-
-    pixels: Tensor
-    good: Tensor
-    broken: list[tuple[int, str]]
-    kinds: Counter[str]
-
-
-class _Scan(Dataset[_Read]):
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
-
-    def __getitem__(self, positions: Any) -> _Read:
-        p, pixels, good, broken, kinds = self.pictures, [], [], [], Counter[str]()
-        for position in torch.as_tensor(positions).tolist():
-            item = p.source[position]
-            try:
-                pixels.append(square(item, p.size, p.channels))
-            except Exception as error:
-                broken.append((position, f"{type(error).__name__}: {error}"))
-            else:
-                good.append(position)
-                kinds[Path(item).suffix.lower() if isinstance(item, str) else type(item).__name__] += 1
-        stacked = torch.stack(pixels) if pixels else torch.zeros(0, p.channels, p.size, p.size, dtype=torch.uint8)
-        return _Read(stacked, torch.tensor(good, dtype=torch.int64), broken, kinds)
-
-
-def folder(
-    root: str | Sequence[str],
-    eval_root: str | Sequence[str] | None = None,
-    image_size: int = 64,
-    store_size: int | None = None,
-    channels: int = 3,
-    batch_size: int = 256,
-    max_broken: float = 0.01,
-    memory: float | None = None,
-    num_workers: int | None = None,
-    mirror: bool = True,
-    least_crop: float = 0.0,
-    seed: int = 0,
-) -> ImageData:
+def folder(root: str | Sequence[str], eval_root: str | Sequence[str] | None = None, **options: Any) -> ImageData:
     """Your own pictures, labelled or not.
 
     Labels are the first folder below ``root`` that a picture lies in, if there are at least two such folders and no
-    pictures beside them; pretraining never needs them. Without ``eval_root``, a fixed fifth of labelled pictures is
-    kept out of pretraining for the test; with unlabelled pictures and a labelled ``eval_root``, that is split instead.
+    pictures beside them.
 
     Args:
         root: folder of pictures, of any nesting; or a ``.txt`` (a path a line) or ``.csv`` (columns path and, if you
             have them, label) that lists them; or several of these.
         eval_root: the same for labelled test pictures.
-        image_size: height and width that the network sees, in pixels.
-        store_size: the short side is resized to this and the centre square kept; None for 1.15 times ``image_size``.
-        channels: 1, 3, 4, or those of ``.npy`` and multi-channel TIFF files.
-        batch_size: global batch of pretraining.
-        max_broken: greatest share of files that may be unreadable; they are left out and listed.
-        memory: bytes of decoded pictures to hold; None for a quarter of what is free. What does not fit is decoded anew
-            by loader processes in every epoch.
-        num_workers: these processes; None for one a core, 0 for none.
-        mirror: whether a mirrored picture is still the same thing.
-        least_crop: share of a picture's area below which a crop may be of anything.
-        seed: of the test split.
+        options: as for :func:`twoview.data.pictures.load_splits`.
 
     Raises:
         UserError: nothing there, or too much of it broken.
     """
-    if image_size < 8:
-        raise UserError(f"data.image_size={image_size}: must be at least 8")
-    size = store_size or round(1.15 * image_size)
-    if size < image_size:
-        raise UserError(f"data.store_size={store_size}: must be at least data.image_size={image_size}, or null")
-    paths, names = _list(root, "data.root")
-    test_paths, test_names = _list(eval_root, "data.eval_root") if eval_root else ([], [])
-    classes = sorted({name for name in (*names, *test_names) if name is not None})
-    workers = (os.cpu_count() or 1) if num_workers is None else num_workers
-    budget = _free_bytes() / 4 if memory is None else memory
-    needed = (len(paths) + len(test_paths)) * channels * size * size
-    splits, broken = [], []
-    for knob, files, given in (("data.root", paths, names), ("data.eval_root", test_paths, test_names)):
-        if not files and knob == "data.eval_root":
-            continue
-        labels = torch.tensor([-1 if name is None else classes.index(name) for name in given])
-        pictures = Pictures(Paths(files), labels, size, channels, num_workers=workers)
-        images, bad = _read_all(pictures, max_broken, knob, keep=needed <= budget)
-        splits.append(images)
-        broken += bad
-    log.info(
-        "data: %s %s MB as uint8: %s",
-        "all in memory," if needed <= budget else "decoded anew in every epoch:",
-        f"{needed / 1e6:,.0f}",
-        f"{channels}x{size}x{size} an image",
-    )
-    pretrain, train, test = _split(splits, seed)
-    data = ImageData(pretrain, train, test, classes, batch_size, "folder", mirror, least_crop, image_size)
-    data.broken = broken
-    return data
 
+    def find(given: str | Sequence[str], knob: str) -> Split:
+        paths, names = _list(given, knob)
+        return Split(Paths(paths), names)
 
-def from_dataset(
-    dataset: Any,
-    image_size: int = 64,
-    channels: int = 3,
-    batch_size: int = 256,
-    test: Any = None,
-    store_size: int | None = None,
-    num_workers: int = 0,
-) -> ImageData:
-    """Anyone's own torch Dataset of pictures, or of tuples ``(picture, label)``.
-
-    Args:
-        dataset: with ``len()``; pictures are what :func:`twoview.data.decode.square` takes, labels whole numbers.
-        image_size: height and width that the network sees, in pixels.
-        channels: C of the images.
-        batch_size: global batch of pretraining.
-        test: another such Dataset, labelled, for the evaluation; None leaves the evaluation out.
-        store_size: as for :func:`folder`.
-        num_workers: loader processes.
-    """
-    size = store_size or round(1.15 * image_size)
-
-    def pictures(given: Any) -> Pictures:
-        first = given[0]
-        labelled = isinstance(first, tuple | list) and len(first) > 1
-        labels = [int(given[i][1]) for i in range(len(given))] if labelled else [-1] * len(given)
-        return Pictures(Items(given), torch.tensor(labels), size, channels, num_workers=num_workers)
-
-    train = pictures(dataset)
-    judged = pictures(test) if test is not None and int(train.labels.min()) >= 0 else None
-    fitted = train if judged is not None else None
-    classes = [str(i) for i in range(1 + max(int(p.labels.max()) for p in (train, judged or train)))]
-    return ImageData(train, fitted, judged, classes, batch_size, type(dataset).__name__, image_size=image_size)
+    return load_splits(find, root, eval_root, "folder", **options)
 
 
 def _list(roots: str | Sequence[str], knob: str) -> tuple[list[str], list[str | None]]:
@@ -283,73 +105,3 @@ def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
     if not rows:
         raise UserError(f"{knob}={file}: the list is empty")
     return [str(file.parent / row["path"]) for row in rows], [row.get("label") or None for row in rows]
-
-
-def _read_all(
-    pictures: Pictures, max_broken: float, knob: str, keep: bool
-) -> tuple[ImageArrays | Pictures, list[tuple[str, str]]]:
-    """Decode every picture once: what is broken is known before training, and what fits is kept."""
-    n = len(pictures)
-    chunks = list(torch.arange(n).split(CHUNK))
-    workers = pictures.num_workers if n > 4 * CHUNK else 0  # processes cost more than a few pictures
-    pixels, good = [], []
-    broken: list[tuple[str, str]] = []
-    kinds = Counter[str]()
-    for read in DataLoader(_Scan(pictures), batch_size=None, sampler=chunks, num_workers=workers):
-        good.append(read.good)
-        if keep:
-            pixels.append(read.pixels)
-        broken += [(_name(pictures.source, position), reason) for position, reason in read.broken]
-        kinds.update(read.kinds)
-    found = f"{n - len(broken):,} pictures ({', '.join(f'{c:,} {k}' for k, c in kinds.most_common())})"
-    counts = Counter(int(label) for label in pictures.labels)
-    labels = f"{len(counts - Counter({-1: n}))} classes" if max(counts) >= 0 else "no labels"
-    log.info("data: %s has %s, %s; %d broken files", knob, found, labels, len(broken))
-    if len(broken) > max_broken * n or len(broken) == n:
-        first = "; ".join(f"{name} ({reason})" for name, reason in broken[:3])
-        raise UserError(
-            f"{knob}: {len(broken)} of {n} files cannot be read, more than data.max_broken={max_broken:g} allows "
-            f"(first: {first}); mend them, or raise data.max_broken"
-        )
-    positions = torch.cat(good)
-    if keep:
-        return ImageArrays(torch.cat(pixels), pictures.labels[positions]), broken
-    return pictures.subset(positions), broken
-
-
-def _split(
-    splits: Sequence[ImageArrays | Pictures], seed: int
-) -> tuple[ImageArrays | Pictures, ImageArrays | Pictures | None, ImageArrays | Pictures | None]:
-    """What is learned from, and labelled pictures to fit and to test the probes with, or None."""
-    labelled = [split.subset(torch.nonzero(split.labels >= 0).flatten()) for split in splits]
-    if len(splits) == 2 and len(labelled[0]) and len(labelled[1]):
-        return splits[0], labelled[0], labelled[1]
-    whole = labelled[-1]
-    if len(whole) < 10:
-        log.info("data: too few labelled pictures for an evaluation, which is left out")
-        return splits[0], None, None
-    stratify = whole.labels.numpy() if int(whole.labels.bincount()[whole.labels.unique()].min()) > 1 else None
-    parts = train_test_split(np.arange(len(whole)), test_size=0.2, stratify=stratify, random_state=seed)
-    train, test = (torch.from_numpy(np.sort(part)) for part in parts)
-    log.info("data: %d labelled pictures are kept for the test, a fixed fifth", len(test))
-    if len(splits) == 2:
-        return splits[0], whole.subset(train), whole.subset(test)
-    # Test pictures are not learned from; unlabelled ones are.
-    unlabelled = torch.nonzero(splits[0].labels < 0).flatten()
-    known = torch.nonzero(splits[0].labels >= 0).flatten()
-    return (
-        splits[0].subset(torch.cat([known[train], unlabelled]).sort().values),
-        whole.subset(train),
-        whole.subset(test),
-    )
-
-
-def _name(source: Sequence[Any], position: int) -> str:
-    return str(source[position]) if isinstance(source, Paths) else f"item {position}"
-
-
-def _free_bytes() -> float:
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return 4e9

@@ -6,14 +6,18 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
+import numpy as np
 import torch
 from PIL import Image
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from twoview.data.decode import square
 from twoview.errors import UserError
+
+WINDOW = 32  # blocks that images are drawn from at a time
 
 
 class Batch(NamedTuple):
@@ -43,6 +47,7 @@ class ImageArrays(Dataset[Batch]):
             raise UserError(f"{len(self.pixels)} images with {len(self.labels)} labels: give one label an image")
 
     num_workers = 0  # nothing is left to do for a loader process
+    blocks = None  # any order is as good as any other
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -65,12 +70,20 @@ class ImageArrays(Dataset[Batch]):
         """The images at some positions."""
         return ImageArrays(self.pixels[positions], self.labels[positions])
 
+    def moments(self) -> Tensor:
+        """float64 ``[N, 2, C]``, mean and mean square of each image's channels on the scale [0, 1]."""
+        return torch.cat([moments(part) for part in self.pixels.split(1024)])
+
 
 class Images(Protocol):
     """Images of one split, in memory (:class:`ImageArrays`) or decoded when asked for (``folder.Pictures``)."""
 
     labels: Tensor
     num_workers: int
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """int64 ``[N]``, the block that each image lies in; None where any order is as good as any other."""
 
     @property
     def size(self) -> int:
@@ -87,6 +100,38 @@ class Images(Protocol):
     def subset(self, positions: Tensor) -> "Images":
         """The images at some positions."""
 
+    def moments(self) -> Tensor:
+        """float64 ``[N, 2, C]``, mean and mean square of each image's channels on the scale [0, 1]."""
+
+
+def moments(pixels: Tensor) -> Tensor:
+    """float64 ``[N, 2, C]``, mean and mean square of each channel of uint8 ``[N, C, H, W]`` on the scale [0, 1]."""
+    values = pixels.cpu().flatten(2).float().div_(255)
+    return torch.stack([values.mean(2, dtype=torch.float64), values.square().mean(2, dtype=torch.float64)], dim=1)
+
+
+def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of two parts, fixed by ``seed``, with each class in proportion where the parts are large enough.
+
+    Args:
+        labels: int64 ``[N]``.
+        share: of the second part, in (0, 1).
+        seed: of the split.
+
+    Returns:
+        int64 positions ``[N - n]`` and ``[n]``, ascending.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    counts = labels.unique(return_counts=True)[1]
+    proportional = int(counts.min()) > 1 and int(share * len(labels)) >= len(counts)
+    parts = train_test_split(
+        np.arange(len(labels)), test_size=share, stratify=labels.numpy() if proportional else None, random_state=seed
+    )
+    first, second = (torch.from_numpy(np.sort(part)) for part in parts)
+    return first, second
+
 
 def in_order(images: Images, batch_size: int = 512) -> DataLoader[Batch]:
     """All images once, in their order, for evaluation and statistics."""
@@ -97,7 +142,8 @@ def in_order(images: Images, batch_size: int = 512) -> DataLoader[Batch]:
 class BatchOrder(Sampler[Tensor]):
     """Positions of each batch as a function of (seed, epoch, position), so that a resumed run goes on exactly.
 
-    Every rank gets the same number of equal batches; an incomplete last global batch is left out of the epoch.
+    Every rank gets the same number of equal batches; an incomplete last global batch is left out of the epoch. Images
+    that lie in blocks are shuffled block by block, then within every 32 blocks, and each rank reads its own.
 
     Args:
         size: number of images.
@@ -106,6 +152,7 @@ class BatchOrder(Sampler[Tensor]):
         batches_done: tells how many batches the run has had, read when an epoch starts.
         rank: of this process.
         world_size: number of processes.
+        blocks: int64 ``[size]``, the block that each image lies in, or None.
     """
 
     def __init__(
@@ -116,9 +163,10 @@ class BatchOrder(Sampler[Tensor]):
         batches_done: Callable[[], int],
         rank: int = 0,
         world_size: int = 1,
+        blocks: Tensor | None = None,
     ) -> None:
         self.size, self.batch_size, self.seed, self.batches_done = size, batch_size, seed, batches_done
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.blocks = rank, world_size, blocks
 
     def __len__(self) -> int:
         return self.size // self.batch_size
@@ -127,8 +175,16 @@ class BatchOrder(Sampler[Tensor]):
         epoch, first = divmod(self.batches_done(), len(self))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.size, generator=generator)
-        for i in range(first, len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.world_size]
+        if self.blocks is None:
+            for i in range(first, len(self)):
+                yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.world_size]
+            return
+        # A stable sort keeps the random order within a window of blocks.
+        shuffled = torch.randperm(int(self.blocks.max()) + 1, generator=generator)
+        order = order[(shuffled[self.blocks[order]] // WINDOW).argsort(stable=True)]
+        share = self.batch_size // self.world_size
+        own = order[self.rank * len(self) * share : (self.rank + 1) * len(self) * share]
+        yield from own.split(share)[first:]
 
 
 class ImageData(L.LightningDataModule):
@@ -189,12 +245,7 @@ class ImageData(L.LightningDataModule):
     @cached_property
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the images to learn from, on the scale [0, 1]."""
-        sums, count = torch.zeros(2, self.channels, dtype=torch.float64), 0
-        for batch in in_order(self.pretrain):
-            values = batch.pixels.to("cpu", torch.float32).div_(255).transpose(0, 1).flatten(1)
-            sums += torch.stack([values.sum(1, dtype=torch.float64), values.square_().sum(1, dtype=torch.float64)])
-            count += values.shape[1]
-        mean, square = sums / count
+        mean, square = self.pretrain.moments().mean(0)
         return mean.tolist(), (square - mean**2).clamp(min=1e-6).sqrt().tolist()
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -217,6 +268,7 @@ class ImageData(L.LightningDataModule):
             lambda: progress.total.ready,
             self.trainer.global_rank,
             world_size,
+            images.blocks,
         )
         pin = device.type == "cuda" and not held
         return DataLoader(

@@ -1,0 +1,324 @@
+"""Pictures decoded when they are asked for, whatever they lie in; how they are checked, split, and kept if they fit."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from twoview.data.decode import square
+from twoview.data.images import Batch, ImageArrays, ImageData, in_order, moments, split_labels
+from twoview.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256  # pictures that a worker hands over at a time
+
+
+class Items(Sequence[Any]):
+    """The pictures of anyone's Dataset, whose items are pictures or tuples that begin with one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: Any) -> Any:
+        item = self.dataset[int(position)]
+        return item[0] if isinstance(item, tuple | list) else item
+
+
+class Pictures(Dataset[Batch]):
+    """Pictures decoded when they are asked for, many positions at a time; what :class:`ImageArrays` is in memory.
+
+    A source whose pictures lie in blocks that are read whole says in ``source.starts`` where these begin.
+
+    Args:
+        source: what :func:`twoview.data.decode.square` takes, by position.
+        labels: int64 ``[N]``, -1 where unknown.
+        size: height and width after decoding, in pixels.
+        channels: C of the images.
+        positions: int64 ``[N]``, where each image lies in ``source``; None for all in order.
+        num_workers: loader processes.
+        known_moments: float64 ``[N, 2, C]``, mean and mean square of each picture's channels, if they are known.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Any],
+        labels: Tensor,
+        size: int,
+        channels: int,
+        positions: Tensor | None = None,
+        num_workers: int = 0,
+        known_moments: Tensor | None = None,
+    ) -> None:
+        self.source, self.labels, self.size, self.channels = source, labels, size, channels
+        self.positions = torch.arange(len(source)) if positions is None else positions
+        self.num_workers, self.known_moments = num_workers, known_moments
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, positions: Any) -> Batch:
+        ids = torch.as_tensor(positions, dtype=torch.int64)
+        return Batch(torch.stack([self._decode(int(i)) for i in ids]), ids, self.labels[ids])
+
+    def subset(self, positions: Tensor) -> "Pictures":
+        """The pictures at some positions."""
+        return Pictures(
+            self.source,
+            self.labels[positions],
+            self.size,
+            self.channels,
+            self.positions[positions],
+            self.num_workers,
+            None if self.known_moments is None else self.known_moments[positions],
+        )
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """int64 ``[N]``, the block that each picture lies in; None where any order is as good as any other."""
+        starts = getattr(self.source, "starts", None)
+        return None if starts is None else torch.bucketize(self.positions, torch.as_tensor(starts), right=True)
+
+    def moments(self) -> Tensor:
+        """float64 ``[N, 2, C]``, mean and mean square of each picture's channels on the scale [0, 1]."""
+        if self.known_moments is None:
+            self.known_moments = torch.cat([moments(batch.pixels) for batch in in_order(self)])
+        return self.known_moments
+
+    def _decode(self, position: int) -> Tensor:
+        # All were read once before training; one that has broken since is replaced by the next that has not.
+        for step in range(min(16, len(self))):
+            where = int(self.positions[(position + step) % len(self)])
+            try:
+                return square(self.source[where], self.size, self.channels)
+            except Exception as error:
+                log.warning(
+                    "%s can no longer be read (%s); the next one stands in for it", _name(self.source, where), error
+                )
+        raise OSError("16 pictures in a row can no longer be read: is the disk still there?")
+
+
+class _Read(NamedTuple):
+    """What a worker says of one chunk; pixels and moments are of the readable pictures alone."""
+
+    pixels: Tensor
+    moments: Tensor
+    good: Tensor
+    broken: list[tuple[int, str]]
+    kinds: dict[str, int]  # a Counter would come out of the loader with its counts doubled
+
+
+class _Scan(Dataset[_Read]):
+    def __init__(self, pictures: Pictures, keep: bool) -> None:
+        self.pictures, self.keep = pictures, keep
+
+    def __getitem__(self, positions: Any) -> _Read:
+        p, pixels, good, broken, kinds = self.pictures, [], [], [], Counter[str]()
+        for position in torch.as_tensor(positions).tolist():
+            try:
+                item = p.source[position]
+                pixels.append(square(item, p.size, p.channels))
+            except Exception as error:
+                broken.append((position, f"{type(error).__name__}: {error}"))
+            else:
+                good.append(position)
+                kinds["packed" if isinstance(item, bytes) else Path(item).suffix.lower()] += 1
+        stacked = torch.stack(pixels) if pixels else torch.zeros(0, p.channels, p.size, p.size, dtype=torch.uint8)
+        kept = stacked if self.keep else stacked[:0]
+        return _Read(kept, moments(stacked), torch.tensor(good, dtype=torch.int64), broken, dict(kinds))
+
+
+class Split(NamedTuple):
+    """What a place holds: ``source`` of encoded pictures by position, and their class names, None where unknown."""
+
+    source: Sequence[Any]
+    names: Sequence[str | None]
+
+
+def load_splits(
+    find: Callable[[Any, str], Split],
+    root: str | Sequence[str],
+    eval_root: str | Sequence[str] | None,
+    name: str,
+    image_size: int = 64,
+    store_size: int | None = None,
+    channels: int = 3,
+    batch_size: int = 256,
+    max_broken: float = 0.01,
+    memory: float | None = None,
+    num_workers: int | None = None,
+    mirror: bool = True,
+    least_crop: float = 0.0,
+    seed: int = 0,
+) -> ImageData:
+    """The images of a run from what is found at one or two places; pretraining never needs the labels.
+
+    Without ``eval_root``, a fixed fifth of labelled pictures is kept out of pretraining for the test; with unlabelled
+    pictures and a labelled ``eval_root``, that is split instead.
+
+    Args:
+        find: ``(root, knob) -> Split``, what is there.
+        root: where the pictures to learn from are.
+        eval_root: where labelled test pictures are.
+        name: of the data set, for reports.
+        image_size: height and width that the network sees, in pixels.
+        store_size: the short side is resized to this and the centre square kept; None for 1.15 times ``image_size``.
+        channels: 1, 3, 4, or those of ``.npy`` and multi-channel TIFF files.
+        batch_size: global batch of pretraining.
+        max_broken: greatest share of pictures that may be unreadable; they are left out and listed.
+        memory: bytes of decoded pictures to hold; None for a quarter of what is free. What does not fit is decoded anew
+            by loader processes in every epoch.
+        num_workers: these processes; None for one a core, 0 for none.
+        mirror: whether a mirrored picture is still the same thing.
+        least_crop: share of a picture's area below which a crop may be of anything.
+        seed: of the test split.
+
+    Raises:
+        UserError: sizes that do not fit each other, or too much broken.
+    """
+    if image_size < 8:
+        raise UserError(f"data.image_size={image_size}: must be at least 8")
+    size = store_size or round(1.15 * image_size)
+    if size < image_size:
+        raise UserError(f"data.store_size={store_size}: must be at least data.image_size={image_size}, or null")
+    found = {"data.root": find(root, "data.root")}
+    if eval_root:
+        found["data.eval_root"] = find(eval_root, "data.eval_root")
+    # Numbers in their own order: 2 before 10.
+    named = {label for split in found.values() for label in split.names if label is not None}
+    classes = sorted(named, key=lambda label: (len(label) if all(map(str.isdigit, named)) else 0, label))
+    numbers = {label: number for number, label in enumerate(classes)}
+    workers = (os.cpu_count() or 1) if num_workers is None else num_workers
+    budget = _free_bytes() / 4 if memory is None else memory
+    needed = sum(len(split.source) for split in found.values()) * channels * size * size
+    splits, broken = [], []
+    for knob, (source, names) in found.items():
+        labels = torch.tensor([-1 if label is None else numbers[label] for label in names])
+        pictures = Pictures(source, labels, size, channels, num_workers=workers)
+        images, bad = _read_all(pictures, max_broken, knob, keep=needed <= budget)
+        splits.append(images)
+        broken += bad
+    log.info(
+        "data: %s %s MB as uint8: %s",
+        "all in memory," if needed <= budget else "decoded anew in every epoch:",
+        f"{needed / 1e6:,.0f}",
+        f"{channels}x{size}x{size} an image",
+    )
+    pretrain, train, test = _split(splits, seed)
+    data = ImageData(pretrain, train, test, classes, batch_size, name, mirror, least_crop, image_size)
+    data.broken = broken
+    return data
+
+
+def from_dataset(
+    dataset: Any,
+    image_size: int = 64,
+    channels: int = 3,
+    batch_size: int = 256,
+    test: Any = None,
+    store_size: int | None = None,
+    num_workers: int = 0,
+) -> ImageData:
+    """Anyone's own torch Dataset of pictures, or of tuples ``(picture, label)``.
+
+    Args:
+        dataset: with ``len()``; pictures are what :func:`twoview.data.decode.square` takes, labels whole numbers.
+        image_size: height and width that the network sees, in pixels.
+        channels: C of the images.
+        batch_size: global batch of pretraining.
+        test: another such Dataset, labelled, for the evaluation; None leaves the evaluation out.
+        store_size: as for :func:`folder`.
+        num_workers: loader processes.
+    """
+    size = store_size or round(1.15 * image_size)
+
+    def pictures(given: Any) -> Pictures:
+        first = given[0]
+        labelled = isinstance(first, tuple | list) and len(first) > 1
+        labels = [int(given[i][1]) for i in range(len(given))] if labelled else [-1] * len(given)
+        return Pictures(Items(given), torch.tensor(labels), size, channels, num_workers=num_workers)
+
+    train = pictures(dataset)
+    judged = pictures(test) if test is not None and int(train.labels.min()) >= 0 else None
+    fitted = train if judged is not None else None
+    classes = [str(i) for i in range(1 + max(int(p.labels.max()) for p in (train, judged or train)))]
+    return ImageData(train, fitted, judged, classes, batch_size, type(dataset).__name__, image_size=image_size)
+
+
+def _read_all(
+    pictures: Pictures, max_broken: float, knob: str, keep: bool
+) -> tuple[ImageArrays | Pictures, list[tuple[str, str]]]:
+    """Decode every picture once: what is broken is known before training, what fits is kept, else its statistics."""
+    n = len(pictures)
+    chunks = list(torch.arange(n).split(CHUNK))
+    workers = pictures.num_workers if n > 4 * CHUNK else 0  # processes cost more than a few pictures
+    pixels, known, good = [], [], []
+    broken: list[tuple[str, str]] = []
+    kinds = Counter[str]()
+    for read in DataLoader(_Scan(pictures, keep), batch_size=None, sampler=chunks, num_workers=workers):
+        good.append(read.good)
+        pixels.append(read.pixels)
+        known.append(read.moments)
+        broken += [(_name(pictures.source, position), reason) for position, reason in read.broken]
+        kinds.update(read.kinds)
+    found = f"{n - len(broken):,} pictures ({', '.join(f'{c:,} {k}' for k, c in kinds.most_common())})"
+    counts = Counter(int(label) for label in pictures.labels)
+    labels = f"{len(counts - Counter({-1: n}))} classes" if max(counts) >= 0 else "no labels"
+    log.info("data: %s has %s, %s; %d broken files", knob, found, labels, len(broken))
+    if len(broken) > max_broken * n or len(broken) == n:
+        first = "; ".join(f"{name} ({reason})" for name, reason in broken[:3])
+        raise UserError(
+            f"{knob}: {len(broken)} of {n} files cannot be read, more than data.max_broken={max_broken:g} allows "
+            f"(first: {first}); mend them, or raise data.max_broken"
+        )
+    positions = torch.cat(good)
+    if keep:
+        return ImageArrays(torch.cat(pixels), pictures.labels[positions]), broken
+    readable = pictures.subset(positions)
+    readable.known_moments = torch.cat(known)
+    return readable, broken
+
+
+def _split(
+    splits: Sequence[ImageArrays | Pictures], seed: int
+) -> tuple[ImageArrays | Pictures, ImageArrays | Pictures | None, ImageArrays | Pictures | None]:
+    """What is learned from, and labelled pictures to fit and to test the probes with, or None."""
+    labelled = [split.subset(torch.nonzero(split.labels >= 0).flatten()) for split in splits]
+    if len(splits) == 2 and len(labelled[0]) and len(labelled[1]):
+        return splits[0], labelled[0], labelled[1]
+    whole = labelled[-1]
+    if len(whole) < 10:
+        log.info("data: too few labelled pictures for an evaluation, which is left out")
+        return splits[0], None, None
+    train, test = split_labels(whole.labels, 0.2, seed)
+    log.info("data: %d labelled pictures are kept for the test, a fixed fifth", len(test))
+    if len(splits) == 2:
+        return splits[0], whole.subset(train), whole.subset(test)
+    # Test pictures are not learned from; unlabelled ones are.
+    unlabelled = torch.nonzero(splits[0].labels < 0).flatten()
+    known = torch.nonzero(splits[0].labels >= 0).flatten()
+    return (
+        splits[0].subset(torch.cat([known[train], unlabelled]).sort().values),
+        whole.subset(train),
+        whole.subset(test),
+    )
+
+
+def _name(source: Any, position: int) -> str:
+    return str(source.name(position)) if hasattr(source, "name") else f"item {position}"
+
+
+def _free_bytes() -> float:
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):  # not on every system
+        return 4e9
