@@ -1,6 +1,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -281,3 +283,21 @@ def test_a_missing_accelerator_is_said_in_a_sentence(tmp_path):
 def test_images_that_do_not_fit_the_backbone_are_refused(tmp_path):
     with pytest.raises(UserError, match="images of 1x24x24 do not fit"):
         pretrain(tmp_path, data=partial(short_data, image_size=24))
+
+
+def test_out_of_memory_is_a_sentence(tmp_path):
+    script = f"""
+import resource, sys, torch
+from pathlib import Path
+from twoview import cli, runs
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 600 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.argv = ["twoview", "data=fake", "data.images=2048", "data.image_size=32", "data.batch_size=2048",
+            "trainer.precision=32-true", "trainer.max_epochs=1", "hydra.run.dir={tmp_path}/run"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("twoview: data.batch_size=2048: out of memory; try a smaller data.batch_size")
+    assert "Traceback" not in done.stderr
