@@ -54,6 +54,8 @@ MISTAKES = {
     "logger=wandb": "pip install",
     "-m data=digits,digitz": "did you mean 'digits'?",
     "-m optimizer.lr=0.1,fast": "optimizer.lr=fast: give a number",
+    "method=moco method.momentum=2": "method.momentum=2: must lie between 0 and 1",
+    "method.bn=shuffle": "method.bn=shuffle: choose one of plain, split, sync",
     "trainer.max_time=soon trainer.max_epochs=null": "trainer.max_time=soon",
 }
 
@@ -159,6 +161,30 @@ def test_a_sweep_has_a_folder_for_every_run_and_goes_on_after_a_failure(tmp_path
     assert result.returncode == 1
     assert "method.temperature=0: must be above 0" in result.stderr
     assert sorted(p.parent.name for p in tmp_path.glob("*/report.json")) == ["0", "2"]
+
+
+def test_every_method_runs_by_its_name(tmp_path):
+    names = ["moco", "moco_v1", "moco_v3"]
+    result = run("-m", f"method={','.join(names)}", *SHORT, f"hydra.sweep.dir={tmp_path}", timeout=250)
+    assert result.returncode == 0, result.stderr
+    reports = [json.loads((tmp_path / str(i) / "report.json").read_text()) for i in range(len(names))]
+    assert [r["method"] for r in reports] == ["MoCo", "MoCo", "MoCoV3"]
+    assert [r["training"]["batches_without_step"] for r in reports] == [1, 1, 0]
+
+
+def test_two_processes_from_the_same_command(tmp_path):
+    result = run(
+        "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "method=moco", *SHORT, cwd=tmp_path, timeout=250
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    (file,) = tmp_path.glob("runs/*/*/report.json")
+    report = json.loads(file.read_text())
+    assert report["training"]["processes"] == 2
+    assert report["training"]["images_seen"] == report["training"]["batch_size"] * (report["training"]["steps"])
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+    assert result.stdout.count("report: ") == 1
+    assert (file.parent / "run.log").read_text().count("images, test_resnet, batch") == 1
 
 
 def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):

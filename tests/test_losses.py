@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from twoview.losses import VARIANTS, chance_level, info_nce, nt_xent
+from twoview.losses import VARIANTS, batch_nce, chance_level, clip_loss, info_nce, moco_v3_loss, nt_xent
 
 
 def pair(n, d, dtype=torch.float64, seed=0):
@@ -183,3 +183,65 @@ def test_chance_is_the_loss_of_embeddings_that_say_nothing():
     assert_close(nt_xent(same, same, 0.1).item(), chance_level(14), rtol=1e-6, atol=0)
     assert_close(nt_xent(same, same, 0.1, variant="dcl").item(), chance_level(14, "dcl"), rtol=1e-5, atol=0)
     assert_close(chance_level(torch.tensor([3, 7])), (math.log(4) + math.log(8)) / 2)
+
+
+def rows_of_a_batch_by_hand(q, k, temperature):
+    """ctr() of MoCo v3's Algorithm 1 without its factor: cross-entropy of each row against the diagonal."""
+    q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k))
+    total = 0.0
+    for i in range(len(q)):
+        logits = [math.exp(q[i] @ k[j] / temperature) for j in range(len(k))]
+        total -= math.log(logits[i] / sum(logits))
+    return total / len(q)
+
+
+def test_losses_within_a_batch_are_the_papers_pseudocode():
+    a, b = pair(7, 5)
+    c, d = pair(7, 5, seed=3)
+    there, back = rows_of_a_batch_by_hand(a, b, 0.3), rows_of_a_batch_by_hand(c, d, 0.3)
+    assert_close(batch_nce(a, b, 0.3).item(), there, rtol=1e-12, atol=0)
+    assert_close(moco_v3_loss(a, b, c, d, 0.3).item(), 0.6 * (there + back), rtol=1e-12, atol=0)
+    columns = rows_of_a_batch_by_hand(b, a, 0.3)
+    assert_close(clip_loss(a, b, 0.3).item(), (there + columns) / 2, rtol=1e-12, atol=0)
+
+
+def test_moco_v3_keys_take_no_gradient_and_clip_has_it_on_both_sides():
+    tensors = [x.requires_grad_() for x in (*pair(4, 3), *pair(4, 3, seed=1))]
+    moco_v3_loss(*tensors, 0.2).backward()
+    assert [t.grad is not None for t in tensors] == [True, False, True, False]
+    a, b = (x.requires_grad_() for x in pair(4, 3))
+    clip_loss(a, b, 0.2).backward()
+    assert a.grad.abs().max() > 0
+    assert b.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 1.0])
+def test_other_losses_are_finite_at_small_temperatures_and_zero_vectors(temperature):
+    a, b = (x.float() for x in pair(6, 4))
+    a[0] = 0
+    for loss in (
+        lambda x: moco_v3_loss(x, b, b, x, temperature),
+        lambda x: clip_loss(x, b, temperature),
+    ):
+        x = a.clone().requires_grad_()
+        value = loss(x)
+        value.backward()
+        assert value.isfinite()
+        assert x.grad.isfinite().all()
+
+
+def test_perfect_pairs_drive_info_nce_to_zero_a_batch_is_never_its_own_negative():
+    keys = torch.eye(8, dtype=torch.float64)
+    far = -torch.eye(8, dtype=torch.float64)
+    assert info_nce(keys, keys, far, 0.02).item() < 1e-12
+    # Were the batch's own keys in the queue, the loss could not fall below log 2.
+    assert info_nce(keys, keys, torch.cat([far, keys]), 0.02).item() > math.log(2) - 1e-9
+
+
+def test_shapes_that_do_not_fit_other_losses():
+    a, b = pair(4, 3)
+    with pytest.raises(ValueError, match="batch_nce needs two"):
+        batch_nce(a, b[:3], 0.1)
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            batch_nce(a, b, bad)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssl" / "twoview"
 
 ARITHMETIC = {"losses", "schedules", "metrics"}
-PARTS = {"backbones", "heads", "augment", "optim", "data"}
+PARTS = {"backbones", "heads", "augment", "momentum", "negatives", "distributed", "optim", "data"}
 METHODS = {"methods"}
 RUNS = {"pretrain", "evaluate", "monitors", "checkpoints", "runs"}
 EDGE = {"cli"}
@@ -26,6 +26,9 @@ ALLOWED = {
     "heads": ({"torch"}, ARITHMETIC | PARTS),
     "augment": ({"torch", "kornia", "numpy"}, ARITHMETIC | PARTS),
     "optim": ({"torch", "timm"}, ARITHMETIC | PARTS),
+    "momentum": ({"torch"}, ARITHMETIC | PARTS),
+    "negatives": ({"torch"}, ARITHMETIC | PARTS),
+    "distributed": ({"torch"}, ARITHMETIC | PARTS),
     "data": (
         {"torch", "torchvision", "lightning", "sklearn", "PIL", "numpy", "tifffile", "pyarrow"},
         ARITHMETIC | PARTS,

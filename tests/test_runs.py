@@ -20,7 +20,7 @@ from twoview.checkpoints import read_checkpoint
 from twoview.data import ImageArrays, digits
 from twoview.errors import UserError
 from twoview.evaluate import Protocol
-from twoview.methods import SimCLR
+from twoview.methods import MoCo, SimCLR
 from twoview.monitors import FeatureCheck
 from twoview.optim import Optimization
 from twoview.schedules import constant
@@ -301,3 +301,45 @@ cli.main()
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("twoview: data.batch_size=2048: out of memory; try a smaller data.batch_size")
     assert "Traceback" not in done.stderr
+
+
+def moco(run_dir, **changes):
+    knobs = changes.pop("knobs", {"queue_size": 300})
+    return pretrain(run_dir, method=partial(MoCo, temperature=0.2, **knobs), **changes)
+
+
+def test_the_first_batch_of_moco_fills_the_queue_and_takes_no_step(tmp_path):
+    size = len(digits(image_size=SIZE).pretrain)
+    one_batch = partial(short_data, batch_size=size)
+    report = moco(tmp_path, data=one_batch, training=replace(CPU, max_epochs=1), protocol=None)
+    assert report["training"]["batches_without_step"] == 1
+    content = read_checkpoint(tmp_path)
+    assert content["optimizer_states"][0]["state"] == {}  # neither moments nor weight decay
+    assert int(content["state_dict"]["method.queue.filled"]) == 300
+
+
+def test_a_run_with_a_queue_logs_it_and_says_when_it_is_large(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        report = moco(tmp_path, knobs={"queue_size": 5000})
+    assert report["method"] == "MoCo"
+    assert report["training"]["batches_without_step"] == 1
+    assert "method.queue_size=5000: larger than the data set of 1347 images" in caplog.text
+    rows = [row for row in metrics(tmp_path) if row["train/loss"]]
+    assert 0 < float(rows[0]["train/queue_fill"]) < float(rows[-1]["train/queue_fill"]) < 1
+    assert float(rows[-1]["train/queue_age"]) >= 5
+    assert float(rows[-1]["train/queue_masked"]) > 0  # the second epoch meets the first one's keys
+    assert 0 < float(rows[-1]["train/chance"]) < math.log(5001)
+    backbone, _ = twoview.load(tmp_path)
+    weights = read_checkpoint(tmp_path)["state_dict"]
+    name = next(iter(backbone.state_dict()))
+    assert torch.equal(backbone.state_dict()[name], weights[f"method.backbone.{name}"])
+    assert not torch.equal(weights[f"method.backbone.{name}"], weights[f"method.key_encoder.copy.0.{name}"])
+
+
+def test_the_key_encoder_moves_once_an_optimiser_step(tmp_path, monkeypatch):
+    moves = []
+    monkeypatch.setattr(MoCo, "after_update", lambda self, progress: moves.append(progress))
+    training = replace(CPU, max_epochs=2, accumulate=2)
+    report = moco(tmp_path, training=training, protocol=None)
+    assert len(moves) == report["training"]["steps"] - report["training"]["batches_without_step"]
+    assert moves[-1] == 1.0

@@ -225,3 +225,8 @@ def _best_match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, [*timm.list_models(), *OURS], n=3)
     return f"did you mean {' or '.join(near)}?" if near else "see timm.list_models() for the names"
+
+
+def sync_batch_norm(module: nn.Module) -> nn.Module:
+    """Every BatchNorm replaced by one that sees all ranks; timm's own conversion keeps activations inside them."""
+    return cast(nn.Module, timm.layers.convert_sync_batchnorm(module))

@@ -84,8 +84,11 @@ def _run(cfg: DictConfig) -> float | None:
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "task"])
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(plain, resolve=True))
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(plain, resolve=True))
+    else:  # one process of several speaks
+        logging.getLogger("twoview").setLevel(logging.ERROR)
     parts = {}
     for name, node in cfg.task.items():
         if not name.startswith("_"):
@@ -97,7 +100,7 @@ def _run(cfg: DictConfig) -> float | None:
                 # A part that cannot be built of the knobs it was given, or an extra that is not installed.
                 raise UserError(f"{name}: {str(error.__cause__ or error).splitlines()[0]}") from error
     result = hydra.utils.get_method(cfg.task._target_)(**parts)
-    if not isinstance(result, Mapping):
+    if not isinstance(result, Mapping) or not result:
         return None
     if "results" in result:
         _print_table(result)
@@ -124,6 +127,8 @@ def _print_table(report: Mapping[str, Any]) -> None:
             cells += [f"{100 * result['test_top1']:.1f} %", chosen]
         table.add_row(*cells)
     table.caption = "chosen on held-out training labels; test labels read once"
+    if training := report.get("training"):
+        table.caption += f"\n{training['images_seen']:,} images seen in {training['seconds'] / 60:.1f} minutes"
     rich.print(table)
     folder = os.path.relpath(report["run_dir"])
     print(f"report: {folder}/report.json")

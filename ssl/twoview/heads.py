@@ -48,3 +48,15 @@ def projection_head(
         if not last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
+
+
+def output_width(head: nn.Module) -> int:
+    """Width D of a head's output: that of its last linear layer.
+
+    Raises:
+        ValueError: a head without linear layers.
+    """
+    widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
+    if not widths:
+        raise ValueError("a head needs a linear layer")
+    return widths[-1]

@@ -112,6 +112,65 @@ def info_nce(
         return contrast(positive, similarity_NK, valid_NK, temperature, variant, sigma, tau_plus, beta).mean()
 
 
+def moco_v3_loss(q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature: float) -> Tensor:
+    """``2T [ctr(q_a, k_b) + ctr(q_b, k_a)]``: each prediction must pick its key among the keys of the batch.
+
+    MoCo v3, Chen et al. 2021, arXiv:2104.02057, Algorithm 1. Keys take no gradient.
+
+    Args:
+        q_a: ``[N, D]`` predictions from the first views.
+        k_b: ``[N, D]`` keys of the second views, row i of the same image.
+        q_b: ``[N, D]`` predictions from the second views.
+        k_a: ``[N, D]`` keys of the first views.
+        temperature: > 0.
+
+    Returns:
+        Scalar of at least fp32.
+    """
+    there, back = batch_nce(q_a, k_b.detach(), temperature), batch_nce(q_b, k_a.detach(), temperature)
+    return 2 * temperature * (there + back)
+
+
+def clip_loss(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE: rows and columns of one matrix of similarities, both with gradient.
+
+    CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
+
+    Args:
+        z_a: ``[N, D]``.
+        z_b: ``[N, D]``, row i the partner of row i of ``z_a``.
+        temperature: > 0.
+
+    Returns:
+        Scalar of at least fp32.
+    """
+    return (batch_nce(z_a, z_b, temperature) + batch_nce(z_b, z_a, temperature)) / 2
+
+
+def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """InfoNCE with the other rows of ``k`` as negatives: query i must pick key i among the N keys of the batch.
+
+    Oord et al. 2018, arXiv:1807.03748, eq. 4; mean over the N queries.
+
+    Args:
+        q: ``[N, D]``.
+        k: ``[N, D]``, row i the positive of query i.
+        temperature: > 0.
+
+    Returns:
+        Scalar of at least fp32.
+
+    Raises:
+        ValueError: shapes that differ, a temperature that is not positive.
+    """
+    if q.shape != k.shape or q.ndim != 2:
+        raise ValueError(f"batch_nce needs two [N, D] tensors of one shape, not {list(q.shape)} and {list(k.shape)}")
+    with torch.autocast(q.device.type, enabled=False):
+        similarity_NN = unit_rows(q) @ unit_rows(k).T
+        others_NN = ~torch.eye(len(q), dtype=torch.bool, device=q.device)
+        return contrast(similarity_NN.diagonal(), similarity_NN, others_NN, temperature).mean()
+
+
 def contrast(
     positive: Tensor,
     similarity: Tensor,

@@ -85,6 +85,8 @@ def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dic
         Scalars: ``contrastive_top1`` (share of rows whose positive beats every negative; a tie is a miss),
         ``positive_similarity`` and ``negative_similarity`` (mean cosines).
     """
+    if not similarity.shape[1]:  # a queue that is still empty
+        similarity, valid = similarity.new_zeros(len(positive), 1), valid.new_zeros(len(positive), 1)
     hardest = similarity.masked_fill(~valid, -math.inf).amax(1)
     return {
         "contrastive_top1": (positive > hardest).float().mean(),

@@ -156,6 +156,13 @@ class FeatureCheck(L.Callback):
         done = trainer.fit_loop.epoch_loop.global_step >= pl_module.total_steps
         if not self.every or not (done or (trainer.current_epoch + 1) % self.every == 0):
             return
+        # The first process alone: statistics of BatchNorm differ between ranks, and a choice must not.
+        figures, words = trainer.strategy.broadcast(self._check(pl_module) if trainer.is_global_zero else ({}, ""))
+        pl_module.log_dict(figures)
+        log.info("epoch %d: %s", trainer.current_epoch + 1, words)
+        self.save.checked(trainer, figures.get("val/knn_top1"))
+
+    def _check(self, pl_module: Pretraining) -> tuple[dict[str, float], str]:
         bank = extract(pl_module.method.backbone, self.bank, self.preprocess, pl_module.device)
         rows = bank[: 10 * bank.shape[1]]
         # RankMe wants 10 rows a dimension: with fewer, the figure is cut by them, so it is logged how many there were.
@@ -166,9 +173,7 @@ class FeatureCheck(L.Callback):
             predicted = metrics.knn_predict(bank, self.bank.labels, queries, min(20, len(bank)), 0.1, self.classes)
             figures["val/knn_top1"] = float((predicted == self.held_out.labels).float().mean())
             words = f"kNN on held-out training images {100 * figures['val/knn_top1']:.1f} %, {words}"
-        pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
-        log.info("epoch %d: %s", trainer.current_epoch + 1, words)
-        self.save.checked(trainer, figures.get("val/knn_top1"))
+        return figures, words
 
 
 def _sample(images: Images, limit: int) -> Images:
@@ -206,7 +211,7 @@ class TimeLimit(L.Callback):
         if self.fixed or steps == self.steps:  # no update: a batch of several that are accumulated
             return
         self.steps = steps
-        late = now - self.start > self.seconds / 5
+        late = trainer.strategy.broadcast(now - self.start > self.seconds / 5)
         if steps <= self.warm and not late:
             self.warm_at, self.warm_steps = now, steps
         elif late or steps == self.warm + self.timed:

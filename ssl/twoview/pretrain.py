@@ -49,6 +49,7 @@ class Pretraining(L.LightningModule):
         self.augment, self.optimization, self.schedule = augment, optimization, schedule
         self.global_batch, self.seed, self.card = global_batch, seed, card or {}
         self.total_steps: float = math.inf  # known from the start, or once trainer.max_time has been turned into steps
+        self.batches_without_step = 0
         self.step: Step | None = None
 
     def configure_optimizers(self) -> Optimizer:
@@ -56,8 +57,8 @@ class Pretraining(L.LightningModule):
         return self.optimization.build(self.method, self.global_batch)
 
     def on_fit_start(self) -> None:
-        """Learn the length of the run, where epochs give it."""
-        if self.trainer.max_epochs != -1 and self.total_steps == math.inf:
+        """Learn the length of the run, where epochs or steps give it."""
+        if (self.trainer.max_epochs != -1 or self.trainer.max_steps != -1) and self.total_steps == math.inf:
             self.total_steps = float(self.trainer.estimated_stepping_batches)
 
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,13 @@ class Pretraining(L.LightningModule):
         factor = self.schedule(self.global_step / steps_per_epoch, self.total_steps / steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        if not self.method.ready:
+            # A first batch fills the queue. With gradients of zero, weight decay alone would move the weights.
+            assert optimizer_closure is not None
+            optimizer_closure()
+            optimizer.zero_grad()
+            self.batches_without_step += 1
+            return
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.method.after_update((self.global_step + 1) / self.total_steps)
 

@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -45,8 +46,9 @@ class Training:
     """How long and on what a run trains.
 
     Args:
-        max_epochs: greatest number of passes over the images; None for no limit but ``max_time``.
+        max_epochs: greatest number of passes over the images; None for no limit but ``max_time`` or ``max_steps``.
         max_time: greatest time for training, as "15m", "2h", "90s" or "HH:MM:SS"; it becomes a number of steps.
+        max_steps: greatest number of optimiser steps, such as that which ``max_time`` came to in another run.
         accelerator: "auto", "cpu", "gpu" or "mps".
         devices: processes, one device each.
         precision: "auto", "32-true", "bf16-mixed" or "16-mixed"; see :func:`twoview.pretrain.choose_precision`.
@@ -61,6 +63,7 @@ class Training:
 
     max_epochs: int | None = 100
     max_time: str | None = None
+    max_steps: int | None = None
     accelerator: str = "auto"
     devices: int = 1
     precision: str = "auto"
@@ -74,12 +77,21 @@ class Training:
             raise UserError(f"trainer.accelerator={self.accelerator}: choose auto, cpu, gpu or mps")
         if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip > 0):
             raise UserError(f"trainer.clip={self.clip}: give a number above 0, or null for no limit")
-        if self.max_epochs is None and self.max_time is None:
-            raise UserError("trainer.max_epochs=null trainer.max_time=null: give one of them, or the run has no end")
-        for knob, least in (("max_epochs", 1), ("devices", 1), ("accumulate", 1), ("log_every", 1), ("check_every", 0)):
+        if self.max_epochs is None and self.max_time is None and self.max_steps is None:
+            raise UserError(
+                "trainer.max_epochs=null trainer.max_time=null trainer.max_steps=null: give one, or the run has no end"
+            )
+        for knob, least in (
+            ("max_epochs", 1),
+            ("max_steps", 1),
+            ("devices", 1),
+            ("accumulate", 1),
+            ("log_every", 1),
+            ("check_every", 0),
+        ):
             value = getattr(self, knob)
-            if value is not None and value < least:
-                raise UserError(f"trainer.{knob}={value}: must be at least {least}")
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise UserError(f"trainer.{knob}={value}: give a whole number, at least {least}")
         _ = self.seconds
 
     @property
@@ -133,7 +145,7 @@ def pretrain(
         run_dir: folder for checkpoints and ``report.json``; made if missing.
 
     Returns:
-        The report, as written to ``report.json``.
+        The report, as written to ``report.json``; of several processes, the first one's alone, the others' are empty.
 
     Raises:
         UserError: a mistake in the arguments, before training starts.
@@ -187,7 +199,7 @@ def pretrain(
     callbacks: list[L.Callback] = [Watch(training.log_every), check, save, Bar()]
     trainer = _trainer(training, network, callbacks, loggers, run_dir)
     device = trainer.strategy.root_device
-    if images.broken:
+    if images.broken and trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in images.broken))
         log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
@@ -204,6 +216,14 @@ def pretrain(
         device,
         trainer.precision,
     )
+    queue = getattr(built, "queue", None)
+    if queue is not None and len(queue.keys) > len(images.pretrain):
+        log.info(
+            "method.queue_size=%d: larger than the data set of %d images; keys of a query's own image are left out "
+            "of its negatives, however many there are",
+            len(queue.keys),
+            len(images.pretrain),
+        )
     start = time.perf_counter()
     try:
         trainer.fit(module, datamodule=images)
@@ -215,16 +235,20 @@ def pretrain(
             "smaller backbone.name, or trainer.precision=bf16-mixed"
         ) from error
     seconds = time.perf_counter() - start
+    if not trainer.is_global_zero:
+        return {}  # the evaluation is one process's work
     seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images.batch_size
     report = _report("pretrain", card, seed, run_dir) | {
         "training": {
             "epochs": round(seen / len(images.pretrain), 2),
             "steps": trainer.global_step,
             "images_seen": seen,
+            "batches_without_step": module.batches_without_step,
             "seconds": round(seconds, 1),
             "batch_size": images.batch_size,
             "precision": str(trainer.precision),
             "device": _device_name(device),
+            "processes": trainer.world_size,
             "base_lr": optimizer.param_groups[0]["base_lr"],
         }
     }
@@ -392,8 +416,11 @@ def _trainer(
         return L.Trainer(
             accelerator=training.accelerator,
             devices=training.devices,
+            # Buffers need no broadcast: queues are the same on every rank, statistics its own.
+            strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
             precision=choose_precision(training.precision, network, _device(training.accelerator)),  # type: ignore[arg-type]
             max_epochs=training.max_epochs or -1,
+            max_steps=training.max_steps or -1,
             accumulate_grad_batches=training.accumulate,
             gradient_clip_val=training.clip,
             log_every_n_steps=training.log_every,

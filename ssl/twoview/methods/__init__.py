@@ -1,6 +1,8 @@
 """What the papers describe, one file a method."""
 
 from twoview.methods.base import Method, Step
+from twoview.methods.moco import MoCo
+from twoview.methods.moco_v3 import MoCoV3
 from twoview.methods.simclr import SimCLR
 
-__all__ = ["Method", "SimCLR", "Step"]
+__all__ = ["Method", "MoCo", "MoCoV3", "SimCLR", "Step"]

@@ -3,10 +3,15 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from twoview.backbones import sync_batch_norm
+from twoview.distributed import gather, rank_and_world
 from twoview.errors import UserError
 from twoview.losses import VARIANTS
+from twoview.methods.groups import in_groups
+from twoview.metrics import in_batch_logs
 
 
 @dataclass
@@ -18,25 +23,64 @@ class Step:
         features: ``[N, F]`` backbone features of the first view, without gradient.
         logs: scalars for the log.
         embeddings: ``[N, D]`` of each view, without gradient, for the monitors.
+        keys: ``[M, D]`` and int64 image indices ``[M]`` that go into the queue after the batch, if there is one.
     """
 
     loss: Tensor
     features: Tensor
     logs: dict[str, Tensor | float]
     embeddings: tuple[Tensor, Tensor]
+    keys: tuple[Tensor, Tensor] | None = None
 
 
 class Method(nn.Module):
     """A backbone ``[N, C, H, W] -> [N, F]`` and a head ``[N, F] -> [N, D]``, and how their loss is made.
 
     ``forward`` changes no state; it moves in ``after_update`` (once an optimiser step) and ``after_batch``
-    (once a batch).
+    (once a batch). Losses see the embeddings of all ranks.
+
+    Args:
+        backbone: the network.
+        head: on its features.
+        bn: what BatchNorm sees, which can betray which images were together: "plain", the batch of a rank; "split",
+            each of the groups i mod G alone, as on G devices; "sync", all ranks (CUDA only). See :class:`MoCo` for
+            "shuffle".
+        bn_groups: G, over all ranks; no fewer than there are ranks.
+
+    Raises:
+        UserError: any other ``bn``, or fewer than two groups.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    bn_choices: tuple[str, ...] = ("plain", "split", "sync")
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, bn: str = "plain", bn_groups: int = 2) -> None:
         super().__init__()
+        if bn not in self.bn_choices:
+            raise UserError(f"method.bn={bn}: choose one of {', '.join(self.bn_choices)}")
+        if bn_groups < 2:
+            raise UserError(f"method.bn_groups={bn_groups}: must be at least 2; for one group choose method.bn=plain")
+        if bn == "sync":
+            if not torch.cuda.is_available():
+                raise UserError("method.bn=sync: needs a GPU; on a CPU choose plain or split")
+            backbone, head = sync_batch_norm(backbone), sync_batch_norm(head)
         self.backbone = backbone
         self.head = head
+        self.bn, self.bn_groups = bn, bn_groups
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch may change the weights; not before a queue holds its first keys."""
+        return True
+
+    @property
+    def groups(self) -> int:
+        """Groups that this rank's images are normalised in."""
+        return max(1, self.bn_groups // rank_and_world()[1]) if self.bn in ("split", "shuffle") else 1
+
+    def embed(self, *views: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features of the first view without gradient, and each view's embeddings, from one pass over all of them."""
+        features = in_groups(self.backbone, views, self.groups)
+        return features[0].detach(), in_groups(self.head, features, self.groups)
 
     def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """The loss of one batch.
@@ -56,7 +100,29 @@ class Method(nn.Module):
         """Called once a batch, after its optimiser step if it had one."""
 
 
-def check_loss_knobs(temperature: float, variant: str) -> None:
+def in_batch_step(loss: Tensor, features: Tensor, z_a: Tensor, z_b: Tensor, chance: float) -> Step:
+    """The step of a method whose negatives are the batch; ``z_a`` and ``z_b`` are logged as pairs."""
+    z_a, z_b = z_a.detach(), z_b.detach()
+    return Step(loss, features, {"chance": chance, **in_batch_logs(z_a, z_b)}, (z_a, z_b))
+
+
+def gathered(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor of all ranks."""
+    return [gather(tensor) for tensor in tensors]
+
+
+def check_momentum(start: float, end: float | None) -> None:
+    """Refuse a momentum that is no share.
+
+    Raises:
+        UserError: naming the knob, its value and what to do.
+    """
+    for knob, value in (("momentum", start), ("momentum_end", end)):
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"method.{knob}={value}: must lie between 0 and 1, such as 0.99")
+
+
+def check_loss_knobs(temperature: float, variant: str = "infonce") -> None:
     """Refuse a temperature or variant that no loss can take, before any work is done.
 
     Raises:

@@ -1,11 +1,9 @@
 """SimCLR, Chen et al. 2020, arXiv:2002.05709."""
 
-import torch
 from torch import Tensor, nn
 
 from twoview.losses import Variant, chance_level, nt_xent
-from twoview.methods.base import Method, Step, check_loss_knobs
-from twoview.metrics import in_batch_logs
+from twoview.methods.base import Method, Step, check_loss_knobs, gathered, in_batch_step
 
 
 class SimCLR(Method):
@@ -16,24 +14,26 @@ class SimCLR(Method):
         head: ``[N, F] -> [N, D]``.
         temperature: of NT-Xent, > 0; 0.1 for 4,096 images in the paper, 0.5 for CIFAR-10.
         variant: of the loss, see :func:`twoview.losses.contrast`.
+        bn: what BatchNorm sees, with ``bn_groups``: see :class:`Method`.
     """
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, temperature: float = 0.5, variant: Variant = "infonce"
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        temperature: float = 0.5,
+        variant: Variant = "infonce",
+        bn: str = "plain",
+        bn_groups: int = 2,
     ) -> None:
-        super().__init__(backbone, head)
+        super().__init__(backbone, head, bn, bn_groups)
         check_loss_knobs(temperature, variant)
         self.temperature = temperature
         self.variant = variant
 
     def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Algorithm 1 of the paper; see :meth:`Method.forward`."""
-        features = self.backbone(torch.cat([view_a, view_b]))  # one pass: BatchNorm sees 2N images
-        z_a, z_b = self.head(features).chunk(2)
+        features, views = self.embed(view_a, view_b)  # one pass: BatchNorm sees 2N images
+        z_a, z_b = gathered(*views)
         loss = nt_xent(z_a, z_b, self.temperature, variant=self.variant)
-        z_a, z_b = z_a.detach(), z_b.detach()
-        logs: dict[str, Tensor | float] = {
-            "chance": chance_level(2 * len(z_a) - 2, self.variant),
-            **in_batch_logs(z_a, z_b),
-        }
-        return Step(loss, features.detach()[: len(view_a)], logs, (z_a, z_b))
+        return in_batch_step(loss, features, z_a, z_b, chance_level(2 * len(z_a) - 2, self.variant))

@@ -1,0 +1,155 @@
+"""Two processes against one on the joined batch: losses, gradients, queues and weights."""
+
+import multiprocessing
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from twoview import distributed, methods
+from twoview.heads import projection_head
+
+N, STEPS = 12, 2
+head = partial(projection_head, hidden_dim=10, out_dim=6)
+predictor = partial(projection_head, hidden_dim=10, out_dim=6, last_bn=False)
+
+# name: (method, its knobs on two ranks, its knobs on one process, norm layer)
+CASES = {
+    "simclr": (methods.SimCLR, {}, {}, "group"),
+    "simclr dclw": (methods.SimCLR, {"variant": "dclw"}, {"variant": "dclw"}, "group"),
+    "moco": (methods.MoCo, {"queue_size": 30}, {"queue_size": 30}, "group"),
+    "moco dclw": (methods.MoCo, {"queue_size": 30, "variant": "dclw"}, {"queue_size": 30, "variant": "dclw"}, "group"),
+    "moco symmetric": (
+        methods.MoCo,
+        {"queue_size": 31, "symmetric": True},
+        {"queue_size": 31, "symmetric": True},
+        "group",
+    ),
+    "moco_v3": (methods.MoCoV3, {}, {}, "group"),
+    "simclr bn": (methods.SimCLR, {}, {"bn": "split"}, "batch"),
+    "moco bn": (methods.MoCo, {"queue_size": 30}, {"bn": "split", "queue_size": 30}, "batch"),
+    "moco bn shuffle": (
+        methods.MoCo,
+        {"bn": "shuffle", "queue_size": 30},
+        {"bn": "shuffle", "queue_size": 30},
+        "batch",
+    ),
+    "moco bn split in four": (
+        methods.MoCo,
+        {"bn": "split", "bn_groups": 4, "queue_size": 30},
+        {"bn": "split", "bn_groups": 4, "queue_size": 30},
+        "batch",
+    ),
+    "moco_v3 bn": (methods.MoCoV3, {}, {"bn": "split"}, "batch"),
+}
+
+
+def build(name, ranks):
+    make, on_two, on_one, norm = CASES[name]
+    torch.manual_seed(0)
+    between = nn.GroupNorm(2, 8) if norm == "group" else nn.BatchNorm2d(8)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    with_bn = norm == "batch"
+    knobs = dict(on_two if ranks == 2 else on_one)
+    if make in (methods.MoCoV3,):
+        knobs["predictor"] = partial(predictor, hidden_bn=with_bn)
+    method = make(backbone, head(32, hidden_bn=with_bn, last_bn=with_bn), **knobs)
+    if hasattr(method, "queue"):  # negatives of some images of the batch and of others
+        method.queue.push(torch.randn(16, 6), torch.arange(6, 22))
+    return method.double()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        views = torch.randn(2, N, 3, 8, 8, generator=generator, dtype=torch.float64)
+        yield *views, torch.arange(step, step + N), torch.arange(N) % 4 - 1
+
+
+def train(name, rank=0, world=1):
+    method = build(name, world)
+    model = DistributedDataParallel(method, broadcast_buffers=False) if world > 1 else method
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+    losses, gradients = [], []
+    for view_a, view_b, ids, labels in batches():
+        step = model(*(x[rank::world] for x in (view_a, view_b, ids, labels)))
+        optimizer.zero_grad()
+        step.loss.backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in method.parameters()])
+        optimizer.step()
+        method.after_update(0.5)
+        method.after_batch(step)
+        losses.append(step.loss.item())
+    keep = {k: v for k, v in method.state_dict().items() if "running" not in k and "num_batches" not in k}
+    return {"losses": losses, "gradients": gradients, "state": keep}
+
+
+def work(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for name in CASES:
+        torch.save(train(name, rank, 2), f"{folder}/{name} {rank}.pt")
+    x = torch.arange(6.0).view(3, 2) * (rank + 1)
+    torch.save(distributed.gather(x), f"{folder}/gathered {rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Folder with what each of two ranks came to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, port, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_process_on_the_joined_batch(name, two_ranks):
+    one = train(name)
+    two = [torch.load(two_ranks / f"{name} {rank}.pt", weights_only=True) for rank in range(2)]
+    # MoCo's loss is that of the rank's own queries; the others' is of the joined batch on every rank.
+    for mine, other, wanted in zip(two[0]["losses"], two[1]["losses"], one["losses"], strict=True):
+        assert (mine + other) / 2 == pytest.approx(wanted, rel=1e-10, abs=1e-10)
+    for rank in two:
+        for theirs, ours in zip(rank["gradients"], one["gradients"], strict=True):
+            for a, b in zip(theirs, ours, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or (a - b).abs().max() < 1e-10
+        assert rank["state"].keys() == one["state"].keys()
+        for key, value in one["state"].items():
+            if not key.startswith("queue."):
+                assert_close(rank["state"][key], value, rtol=1e-10, atol=1e-10)
+    if any(key.startswith("queue.") for key in one["state"]):
+        # Slots need not agree: symmetric pushes hold both views of a rank side by side.
+        sides = [(s["queue.ids"], s["queue.keys"]) for s in (one["state"], two[0]["state"], two[1]["state"])]
+        contents = [sorted(zip(ids.tolist(), keys.tolist(), strict=True)) for ids, keys in sides]
+        assert contents[1] == contents[2]
+        for (i, key), (j, other) in zip(contents[0], contents[1], strict=True):
+            assert i == j
+            assert_close(key, other, rtol=1e-10, atol=1e-10)
+
+
+def test_gathering_interleaves_the_ranks(two_ranks):
+    for rank in range(2):
+        gathered = torch.load(two_ranks / f"gathered {rank}.pt", weights_only=True)
+        assert gathered.tolist() == [[0, 1], [0, 2], [2, 3], [4, 6], [4, 5], [8, 10]]
+
+
+def test_gradients_are_not_all_zero():
+    for name in CASES:
+        assert any(g is not None and g.abs().max() > 1e-4 for g in train(name)["gradients"][0]), name

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from twoview.errors import UserError
+from twoview.negatives import NegativeQueue
+
+
+def keys(n, seed=0, d=4):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_contents_after_one_and_a_half_turns_of_uneven_batches():
+    queue, plain, first = NegativeQueue(10, 4), [], 0
+    for i, n in enumerate((3, 1, 4, 2, 5)):
+        batch, ids = keys(n, i), torch.arange(first, first + n)
+        queue.push(batch, ids)
+        plain = (plain + list(zip(F.normalize(batch, dim=1).tolist(), ids.tolist(), strict=True)))[-10:]
+        first += n
+        stored, stored_ids = queue.read()
+        assert len(queue) == len(stored) == min(first, 10)
+        assert sorted(zip(stored.tolist(), stored_ids.tolist(), strict=True)) == sorted(plain)
+
+
+def test_it_starts_empty():
+    queue = NegativeQueue(6, 4)
+    stored, ids = queue.read()
+    assert stored.shape == (0, 4)
+    assert ids.shape == (0,)
+    assert queue.age == 0
+
+
+@pytest.mark.parametrize("n", [6, 7, 20])
+def test_a_batch_as_long_as_the_queue_or_longer(n):
+    queue = NegativeQueue(6, 4)
+    queue.push(keys(2), torch.tensor([90, 91]))
+    queue.push(keys(n, 1), torch.arange(n))
+    assert sorted(queue.read()[1].tolist()) == list(range(n - 6, n))
+    queue.push(keys(1, 2), torch.tensor([50]))  # over the oldest
+    assert sorted(queue.read()[1].tolist()) == [*range(n - 5, n), 50]
+
+
+def test_age_is_that_of_the_oldest_key():
+    queue = NegativeQueue(6, 4)
+    ages = []
+    for i in range(6):
+        queue.push(keys(2, i), torch.arange(2))
+        ages.append(queue.age)
+    assert ages == [0, 1, 2, 2, 2, 2]
+
+
+def test_an_empty_push_changes_nothing():
+    queue = NegativeQueue(6, 4)
+    queue.push(keys(4), torch.arange(4))
+    before = queue.read()[0].clone()
+    queue.push(keys(0), torch.arange(0))
+    assert torch.equal(queue.read()[0], before)
+    assert len(queue) == 4
+
+
+def test_it_survives_saving_and_goes_on_with_another_batch_size(tmp_path):
+    queue, other = NegativeQueue(10, 4), NegativeQueue(10, 4)
+    for i in range(3):
+        queue.push(keys(4, i), torch.arange(4 * i, 4 * i + 4))
+    torch.save(queue.state_dict(), tmp_path / "q.pt")
+    other.load_state_dict(torch.load(tmp_path / "q.pt", weights_only=True))
+    for q in (queue, other):
+        q.push(keys(3, 9), torch.tensor([70, 71, 72]))
+    assert torch.equal(queue.read()[0], other.read()[0])
+    assert sorted(other.read()[1].tolist()) == [5, 6, 7, 8, 9, 10, 11, 70, 71, 72]
+
+
+def test_wrong_shapes_and_sizes():
+    with pytest.raises(UserError, match="method.queue_size=0"):
+        NegativeQueue(0, 4)
+    queue = NegativeQueue(6, 4)
+    for k, ids in ((keys(3, d=5), torch.arange(3)), (keys(3), torch.arange(2)), (keys(3)[0], torch.arange(4))):
+        with pytest.raises(ValueError, match="push needs"):
+            queue.push(k, ids)
