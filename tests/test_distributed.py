@@ -32,6 +32,7 @@ CASES = {
         "group",
     ),
     "moco_v3": (methods.MoCoV3, {}, {}, "group"),
+    "supcon": (methods.SupCon, {}, {}, "group"),
     "simclr bn": (methods.SimCLR, {}, {"bn": "split"}, "batch"),
     "moco bn": (methods.MoCo, {"queue_size": 30}, {"bn": "split", "queue_size": 30}, "batch"),
     "moco bn shuffle": (
@@ -47,6 +48,7 @@ CASES = {
         "batch",
     ),
     "moco_v3 bn": (methods.MoCoV3, {}, {"bn": "split"}, "batch"),
+    "supcon bn": (methods.SupCon, {}, {"bn": "split"}, "batch"),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from twoview.losses import VARIANTS, batch_nce, chance_level, clip_loss, info_nce, moco_v3_loss, nt_xent
+from twoview.losses import VARIANTS, batch_nce, chance_level, clip_loss, info_nce, moco_v3_loss, nt_xent, sup_con
 
 
 def pair(n, d, dtype=torch.float64, seed=0):
@@ -215,11 +215,36 @@ def test_moco_v3_keys_take_no_gradient_and_clip_has_it_on_both_sides():
     assert b.grad.abs().max() > 0
 
 
+def sup_con_by_hand(z_a, z_b, labels, temperature):
+    """L_out of the SupCon paper, eq. 2, in plain loops."""
+    z = [v / v.norm() for v in torch.cat([z_a, z_b])]
+    n, total = len(z_a), 0.0
+    for i in range(2 * n):
+        denominator = sum(math.exp(z[i] @ z[j] / temperature) for j in range(2 * n) if j != i)
+        label = labels[i % n]
+        positives = [j for j in range(2 * n) if j != i and (j % n == i % n or (label >= 0 and labels[j % n] == label))]
+        total -= sum(math.log(math.exp(z[i] @ z[j] / temperature) / denominator) for j in positives) / len(positives)
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2], [-1, -1, 0, 0, 0], [0, 0, 0, 0, 0], [-1, -1, -1, -1, -1]])
+def test_sup_con_is_equation_2(labels):
+    z_a, z_b = pair(5, 4)
+    expected = sup_con_by_hand(z_a, z_b, labels, 0.1)
+    assert_close(sup_con(z_a, z_b, torch.tensor(labels), 0.1).item(), expected, rtol=1e-12, atol=0)
+
+
+def test_sup_con_of_different_labels_is_nt_xent():
+    z_a, z_b = pair(6, 4)
+    assert_close(sup_con(z_a, z_b, torch.arange(6), 0.1), nt_xent(z_a, z_b, 0.1))
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 0.02, 1.0])
 def test_other_losses_are_finite_at_small_temperatures_and_zero_vectors(temperature):
     a, b = (x.float() for x in pair(6, 4))
     a[0] = 0
     for loss in (
+        lambda x: sup_con(x, b, torch.tensor([0, 0, 1, 1, -1, -1]), temperature),
         lambda x: moco_v3_loss(x, b, b, x, temperature),
         lambda x: clip_loss(x, b, temperature),
     ):
@@ -242,6 +267,10 @@ def test_shapes_that_do_not_fit_other_losses():
     a, b = pair(4, 3)
     with pytest.raises(ValueError, match="batch_nce needs two"):
         batch_nce(a, b[:3], 0.1)
+    with pytest.raises(ValueError, match="sup_con needs two"):
+        sup_con(a, b, torch.arange(3), 0.1)
     for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            sup_con(a, b, torch.arange(4), bad)
         with pytest.raises(ValueError, match="temperature"):
             batch_nce(a, b, bad)

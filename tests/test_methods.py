@@ -8,7 +8,7 @@ from twoview.backbones import create_backbone
 from twoview.errors import UserError
 from twoview.heads import projection_head
 from twoview.losses import info_nce, nt_xent
-from twoview.methods import MoCo, MoCoV3, SimCLR
+from twoview.methods import MoCo, MoCoV3, SimCLR, SupCon
 from twoview.methods.groups import in_groups, spread
 
 predictor = partial(projection_head, hidden_dim=32, out_dim=16, last_bn=False)
@@ -66,6 +66,7 @@ ALL = {
     SimCLR: {},
     MoCo: {"queue_size": 16},
     MoCoV3: {"predictor": predictor},
+    SupCon: {},
 }
 
 
@@ -80,7 +81,7 @@ def test_forward_moves_nothing_and_after_batch_and_update_do(method):
     before = state()
     step = built(*views(), torch.arange(8), torch.arange(8) % 3)
     assert all(torch.equal(v, before[k]) for k, v in state().items())
-    assert built.ready == (method in (SimCLR, MoCoV3))
+    assert built.ready == (method in (SimCLR, MoCoV3, SupCon))
     built.after_batch(step)
     moved = {k for k, v in state().items() if not torch.equal(v, before[k])}
     assert all(k.startswith("queue.") for k in moved)
@@ -157,6 +158,10 @@ def test_moco_without_ids_is_an_error():
         make(MoCo)(*views())
 
 
+def test_supcon_without_labels_is_simclr():
+    torch.testing.assert_close(make(SupCon, temperature=0.2)(*views()).loss, simclr(temperature=0.2)(*views()).loss)
+
+
 @pytest.mark.parametrize("n", [8, 11])
 def test_split_is_separate_forwards_of_the_groups(n):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -215,6 +220,7 @@ def test_impossible_knobs_are_refused(knobs, named):
         (MoCo, {"statistics": "none"}, "method.statistics=none"),
         (MoCoV3, {"momentum_end": -1.0, "predictor": predictor}, "method.momentum_end=-1"),
         (MoCoV3, {"freeze_patch_embedding": True, "predictor": predictor}, "method.freeze_patch_embedding=true"),
+        (SupCon, {"temperature": -1}, "method.temperature=-1"),
     ],
 )
 def test_impossible_knobs_of_other_methods_are_refused(method, knobs, named):

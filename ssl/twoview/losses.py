@@ -171,6 +171,39 @@ def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
         return contrast(similarity_NN.diagonal(), similarity_NN, others_NN, temperature).mean()
 
 
+def sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss L_out: each view must pick all other views of its class over the rest of the batch.
+
+    Khosla et al. 2020, arXiv:2004.11362, eq. 2: the mean over positives stands outside the logarithm, and the mean is
+    taken over all 2N rows. With labels all different it is :func:`nt_xent`.
+
+    Args:
+        z_a: ``[N, D]`` embeddings of the first views.
+        z_b: ``[N, D]`` embeddings of the second views, row i of the same image.
+        labels: int64 ``[N]``; an image with a negative label has its own other view as its only positive.
+        temperature: > 0.
+
+    Returns:
+        Scalar of at least fp32.
+
+    Raises:
+        ValueError: shapes that do not fit, a temperature that is not positive.
+    """
+    if z_a.shape != z_b.shape or z_a.ndim != 2 or labels.shape != z_a.shape[:1]:
+        shapes = ", ".join(str(list(x.shape)) for x in (z_a, z_b, labels))
+        raise ValueError(f"sup_con needs two [N, D] tensors and labels [N], not {shapes}")
+    if not (0 < temperature < math.inf):
+        raise ValueError(f"temperature={temperature} must be a positive number")
+    with torch.autocast(z_a.device.type, enabled=False):
+        z_2ND = torch.cat([unit_rows(z_a), unit_rows(z_b)])
+        self_MM = torch.eye(len(z_2ND), dtype=torch.bool, device=z_a.device)
+        alike_NN = ((labels[:, None] == labels) & (labels >= 0)) | self_MM[: len(labels), : len(labels)]
+        positives_MM = alike_NN.repeat(2, 2) & ~self_MM
+        logits_MM = (z_2ND @ z_2ND.T / temperature).masked_fill(self_MM, -math.inf)
+        log_p_MM = logits_MM - logits_MM.logsumexp(1, keepdim=True)
+        return -(log_p_MM.masked_fill(~positives_MM, 0).sum(1) / positives_MM.sum(1)).mean()
+
+
 def contrast(
     positive: Tensor,
     similarity: Tensor,
