@@ -164,12 +164,12 @@ def test_a_sweep_has_a_folder_for_every_run_and_goes_on_after_a_failure(tmp_path
 
 
 def test_every_method_runs_by_its_name(tmp_path):
-    names = ["moco", "moco_v1", "moco_v3", "supcon"]
+    names = ["moco", "moco_v1", "moco_v3", "supcon", "nnclr"]
     result = run("-m", f"method={','.join(names)}", *SHORT, f"hydra.sweep.dir={tmp_path}", timeout=250)
     assert result.returncode == 0, result.stderr
     reports = [json.loads((tmp_path / str(i) / "report.json").read_text()) for i in range(len(names))]
-    assert [r["method"] for r in reports] == ["MoCo", "MoCo", "MoCoV3", "SupCon"]
-    assert [r["training"]["batches_without_step"] for r in reports] == [1, 1, 0, 0]
+    assert [r["method"] for r in reports] == ["MoCo", "MoCo", "MoCoV3", "SupCon", "NNCLR"]
+    assert [r["training"]["batches_without_step"] for r in reports] == [1, 1, 0, 0, 1]
 
 
 def test_two_processes_from_the_same_command(tmp_path):

@@ -33,6 +33,7 @@ CASES = {
     ),
     "moco_v3": (methods.MoCoV3, {}, {}, "group"),
     "supcon": (methods.SupCon, {}, {}, "group"),
+    "nnclr": (methods.NNCLR, {"queue_size": 30}, {"queue_size": 30}, "group"),
     "simclr bn": (methods.SimCLR, {}, {"bn": "split"}, "batch"),
     "moco bn": (methods.MoCo, {"queue_size": 30}, {"bn": "split", "queue_size": 30}, "batch"),
     "moco bn shuffle": (
@@ -49,6 +50,7 @@ CASES = {
     ),
     "moco_v3 bn": (methods.MoCoV3, {}, {"bn": "split"}, "batch"),
     "supcon bn": (methods.SupCon, {}, {"bn": "split"}, "batch"),
+    "nnclr bn": (methods.NNCLR, {"queue_size": 30}, {"bn": "split", "queue_size": 30}, "batch"),
 }
 
 
@@ -59,7 +61,7 @@ def build(name, ranks):
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     with_bn = norm == "batch"
     knobs = dict(on_two if ranks == 2 else on_one)
-    if make in (methods.MoCoV3,):
+    if make in (methods.MoCoV3, methods.NNCLR):
         knobs["predictor"] = partial(predictor, hidden_bn=with_bn)
     method = make(backbone, head(32, hidden_bn=with_bn, last_bn=with_bn), **knobs)
     if hasattr(method, "queue"):  # negatives of some images of the batch and of others

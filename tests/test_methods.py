@@ -7,8 +7,8 @@ from torch import nn
 from twoview.backbones import create_backbone
 from twoview.errors import UserError
 from twoview.heads import projection_head
-from twoview.losses import info_nce, nt_xent
-from twoview.methods import MoCo, MoCoV3, SimCLR, SupCon
+from twoview.losses import batch_nce, info_nce, nt_xent
+from twoview.methods import NNCLR, MoCo, MoCoV3, SimCLR, SupCon
 from twoview.methods.groups import in_groups, spread
 
 predictor = partial(projection_head, hidden_dim=32, out_dim=16, last_bn=False)
@@ -67,6 +67,7 @@ ALL = {
     MoCo: {"queue_size": 16},
     MoCoV3: {"predictor": predictor},
     SupCon: {},
+    NNCLR: {"predictor": predictor, "queue_size": 16},
 }
 
 
@@ -85,7 +86,7 @@ def test_forward_moves_nothing_and_after_batch_and_update_do(method):
     built.after_batch(step)
     moved = {k for k, v in state().items() if not torch.equal(v, before[k])}
     assert all(k.startswith("queue.") for k in moved)
-    assert bool(moved) == (method in (MoCo,))
+    assert bool(moved) == (method in (MoCo, NNCLR))
     assert built.ready
 
 
@@ -156,6 +157,19 @@ def test_moco_symmetric_is_both_directions_and_pushes_both():
 def test_moco_without_ids_is_an_error():
     with pytest.raises(ValueError, match="ids"):
         make(MoCo)(*views())
+
+
+def test_nnclr_takes_the_nearest_stored_neighbour():
+    built = make(NNCLR, **ALL[NNCLR])
+    built.eval()
+    stored = torch.randn(5, 16)
+    built.queue.push(stored, torch.arange(5))
+    step = built(*views())
+    z = built.head(built.backbone(torch.cat(views()))).chunk(2)
+    p = [built.predictor(x) for x in z]
+    near = [torch.stack([max(stored, key=lambda s, r=row: torch.cosine_similarity(s, r, 0)) for row in x]) for x in z]
+    expected = (batch_nce(near[0], p[1], 0.1) + batch_nce(near[1], p[0], 0.1)) / 2
+    torch.testing.assert_close(step.loss, expected)
 
 
 def test_supcon_without_labels_is_simclr():
