@@ -38,6 +38,15 @@ def load(root, **changes):
     return folder(str(root), **({"image_size": 16, "batch_size": 4, "num_workers": 0} | changes))
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (9, 9), (18, 18), (18, 31), (36, 60)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pillows_resize_of_8_bits_is_that_of_arrays(height, width, channels):
+    picture = photo(height, width).convert("L" if channels == 1 else "RGB")
+    ours, theirs = square(picture, 18, channels), square(np.asarray(picture), 18, channels)
+    assert ours.shape == theirs.shape == (channels, 18, 18)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
 def test_class_folders_give_labels_and_a_fixed_test_split(tmp_path):
     data = load(make_folder(tmp_path))
     assert data.classes == ["ant", "bee"]

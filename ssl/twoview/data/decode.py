@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,10 +36,13 @@ def square(item: Any, size: int, channels: int) -> Tensor:
     if isinstance(item, bytes):
         return _square_of_file(io.BytesIO(item), size, channels)
     if isinstance(item, Image.Image):
-        return _fit(_array(_pixels_of(item, size, channels), channels), size)
+        return _square_of_image(item, size, channels)
     # Tensors are [C, H, W] by convention, also where they are narrower than they have channels.
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.ndim == 3 else np.asarray(item)
     return _fit(_array(array, channels, last=isinstance(item, Tensor)), size)
+
+
+_FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}
 
 
 def _square_of_file(handle: BinaryIO, size: int, channels: int) -> Tensor:
@@ -51,7 +54,8 @@ def _square_of_file(handle: BinaryIO, size: int, channels: int) -> Tensor:
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit is kept
         warnings.filterwarnings("ignore", category=UserWarning)  # of odd metadata
         try:
-            with Image.open(handle) as image:
+            # Pillow would ask each of its fifty readers in turn.
+            with Image.open(handle, formats=_FORMATS.get(begins[:2])) as image:
                 return square(image, size, channels)
         except (OSError, ValueError):
             if begins[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -60,20 +64,29 @@ def _square_of_file(handle: BinaryIO, size: int, channels: int) -> Tensor:
             raise
 
 
-def _pixels_of(image: Image.Image, size: int, channels: int) -> np.ndarray:
+def _square_of_image(image: Image.Image, size: int, channels: int) -> Tensor:
     if image.format == "JPEG" and image.mode == "RGB":
         image.draft("RGB", (size, size))  # lets libjpeg skip what is thrown away anyway
-    turned = ImageOps.exif_transpose(image)
+    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    turned = image if upright else ImageOps.exif_transpose(image)
     if turned.mode.startswith(("I", "F")):  # 16 bits and more: Pillow's own conversion would clip them to white
-        return np.asarray(turned, dtype=np.float32) if turned.mode == "F" else np.asarray(turned).astype(np.uint16)
+        depth = np.float32 if turned.mode == "F" else np.uint16
+        return _fit(_array(np.asarray(turned).astype(depth), channels), size)
     if turned.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in turned.info:
         turned = turned.convert("RGBA")
     if turned.mode == "RGBA" and channels != 4:
         white = Image.new("RGBA", turned.size, "white")
         turned = Image.alpha_composite(white, turned)
-    if channels == 4:
-        return np.asarray(turned if turned.mode in ("RGBA", "CMYK") else turned.convert("RGBA"))
-    return np.asarray(turned.convert("L" if channels == 1 else "RGB"))
+    if channels not in (1, 3):
+        turned = turned if turned.mode in ("RGBA", "CMYK") else turned.convert("RGBA")
+        return _fit(_array(np.asarray(turned), channels), size)
+    plain = turned.convert("L" if channels == 1 else "RGB")
+    short, (width, height) = min(turned.size), turned.size
+    left, top = (width - short) // 2, (height - short) // 2
+    box = (left, top, left + short, top + short)
+    # Pillow's 8-bit resize is that of _fit, several times faster.
+    pixels = np.array(plain.crop(box) if short == size else plain.resize((size, size), Image.Resampling.BILINEAR, box))
+    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
 
 
 def _read_tiff(handle: BinaryIO) -> np.ndarray:

@@ -81,17 +81,18 @@ def _list(roots: str | Sequence[str], knob: str) -> tuple[list[str], list[str | 
 
 
 def _walk(root: Path) -> tuple[list[str], list[str | None], int]:
-    found, others = [], 0
+    found: list[str] = []
+    names: list[str | None] = []
+    others = 0
     for folder_, below, files in os.walk(root):
         below.sort()
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                found.append(os.path.join(folder_, name))
-            else:
-                others += 1
-    first = [Path(path).relative_to(root).parts for path in found]
-    labelled = all(len(parts) > 1 for parts in first) and len({parts[0] for parts in first}) > 1
-    return found, [parts[0] if labelled else None for parts in first], others
+        inside = os.path.relpath(folder_, root).split(os.sep)[0]
+        pictures = [n for n in sorted(files) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+        found += [os.path.join(folder_, name) for name in pictures]
+        names += [None if inside == "." else inside] * len(pictures)
+        others += len(files) - len(pictures)
+    labelled = None not in names and len(set(names)) > 1
+    return found, names if labelled else [None] * len(found), others
 
 
 def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:

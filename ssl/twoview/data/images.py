@@ -277,6 +277,7 @@ class ImageData(L.LightningDataModule):
             sampler=order,
             pin_memory=pin,
             num_workers=images.num_workers,
+            persistent_workers=images.num_workers > 0,
         )
 
 
