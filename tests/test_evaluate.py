@@ -58,6 +58,14 @@ def test_every_penalty_of_the_grid_reaches_scikit_learns_optimum(constant):
         np.testing.assert_allclose(ours, model.predict_proba(standard), atol=2e-3)
 
 
+def test_dead_and_repeated_features_do_not_stop_the_probe():
+    features, labels = blobs()
+    wide = torch.cat([features, torch.zeros(200, 227), features[:, :1].repeat(1, 20)], dim=1)
+    probes, converged = fit_linear(wide, labels, [1e-2, 1e-3], 1000)
+    assert converged
+    assert probes.isfinite().all()
+
+
 def test_a_probe_that_did_not_converge_is_said(caplog):
     _, converged = fit_linear(*blobs(spread=4.0), [1e-4], 2)
     assert not converged

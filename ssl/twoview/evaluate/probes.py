@@ -140,7 +140,8 @@ def fit_linear(
     mean, deviation = features.mean(0), features.std(0, correction=0)
     scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
     standard = (features - mean) / scale
-    variances, directions = torch.linalg.eigh(standard.T @ standard / n)
+    # In float64: of features with many dead dimensions, LAPACK's fp32 routine may find no eigenvectors.
+    variances, directions = (x.float() for x in torch.linalg.eigh((standard.T @ standard / n).double()))
     penalties = torch.tensor(l2, dtype=torch.float32)
     # At zero weights the softmax contributes covariance / C to the Hessian.
     unit = (variances.clamp(min=0) / classes + penalties[:, None]).rsqrt()[..., None]  # [P, F, 1]
