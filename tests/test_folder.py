@@ -344,3 +344,95 @@ def test_anyones_own_dataset(tmp_path, caplog):
     assert report["results"]["trained"]["knn"]["test_top1"] == 1
     backbone = {"name": "test_resnet", "in_chans": 3, "image_size": 16}
     assert "results" not in pretrain(tmp_path / "bare", data=Own(600), backbone=backbone)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_loader_processes_check_many_pictures_as_one_process_does(tmp_path, memory):
+    (tmp_path / "all").mkdir()
+    for i in range(1100):
+        Image.new("L", (12, 12), i % 251).save(tmp_path / "all" / f"{i:04d}.png")
+    (tmp_path / "all" / "0500.png").write_bytes(b"")
+    alone, helped = (load(tmp_path, num_workers=n, memory=memory, channels=1, image_size=8) for n in (0, 2))
+    assert len(alone.pretrain) == len(helped.pretrain) == 1099
+    assert alone.broken == helped.broken
+    assert alone.mean_std == helped.mean_std
+    assert alone.fingerprint == helped.fingerprint
+    assert torch.equal(alone.pretrain[[0, 499, 500, 1098]].pixels, helped.pretrain[[0, 499, 500, 1098]].pixels)
+
+
+def test_the_preflight_says_in_words_what_there_is_and_what_it_does(tmp_path, caplog):
+    make_folder(tmp_path)
+    Image.new("L", (50, 10)).save(tmp_path / "ant" / "wide.png")
+    (tmp_path / "bee" / "broken.jpg").write_bytes(b"no picture")
+    with caplog.at_level(logging.INFO):
+        load(tmp_path, max_broken=0.1)
+    assert (
+        "has 25 pictures (25 .png), 10 to 20 x28 to 50 pixels high and wide, 1 or 3 channels, 2 classes; 1 broken"
+        in (caplog.text)
+    )
+    assert "short sides are resized to 18 pixels, the centre squares kept" in caplog.text
+    assert "the network sees 16x16 of them" in caplog.text
+
+
+def test_albums_are_no_classes_of_flowers(tmp_path, caplog):
+    albums = make_folder(tmp_path / "albums", ("2019", "2020"))
+    flowers = make_folder(tmp_path / "flowers", ("rose", "tulip"))
+    data = load(albums, eval_root=str(flowers))
+    assert "none in common, so data.root is taken as unlabelled" in caplog.text
+    assert data.classes == ["rose", "tulip"]
+    assert (len(data.pretrain), len(data.train), len(data.test)) == (24, 19, 5)
+    make_folder(tmp_path / "more", ("rose", "lily"))
+    data = load(flowers, eval_root=str(tmp_path / "more"))
+    assert "no picture of data.root is of lily" in caplog.text
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    make_folder(tmp_path, ("train", "val"))
+    with pytest.raises(UserError, match="holds the splits train and val, not classes; give data.root="):
+        load(tmp_path)
+
+
+def test_links_hidden_folders_and_lists_as_spreadsheets_save_them(tmp_path):
+    real = make_folder(tmp_path / "real")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("ant", "bee"):
+        (linked / name).symlink_to(real / name)
+    (linked / "ant" / "circle").symlink_to(linked)
+    (linked / ".thumbnails").mkdir()
+    photo().save(linked / ".thumbnails" / "x.png")
+    assert load(linked).classes == ["ant", "bee"]
+    lines = ["Path, Label", *(f"real/{n}/{j}.png, {n}" for n in ("ant", "bee") for j in range(8))]
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    assert load(tmp_path / "list.csv").classes == ["ant", "bee"]
+
+
+def test_whole_numbers_beyond_16_bits_are_broken_not_wrapped(tmp_path):
+    make_folder(tmp_path, each=100)
+    tifffile.imwrite(tmp_path / "ant" / "deep.tif", np.full((20, 20), 70_000, dtype=np.int32))
+    data = load(tmp_path)
+    assert [name.endswith("deep.tif") for name, _ in data.broken] == [True]
+    assert "give uint8, uint16" in data.broken[0][1]
+
+
+def test_four_bands_of_a_tiff_are_not_rgb_and_full_alpha(tmp_path):
+    pixels = RNG.integers(0, 200, (20, 20, 4), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "nir.tif", pixels, photometric="rgb", extrasamples=["unspecified"])
+    assert torch.equal(square(str(tmp_path / "nir.tif"), 20, 4), torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_damaged_metadata_make_no_picture_unreadable(tmp_path):
+    photo().save(tmp_path / "x.jpg", exif=b"Exif\0\0garbage that is no header")
+    assert square(str(tmp_path / "x.jpg"), 18, 3).shape == (3, 18, 18)
+
+
+def test_a_dataset_that_is_already_normalised_is_a_sentence():
+    class Normalised(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return torch.randn(3, 20, 20), i
+
+    with pytest.raises(UserError, match="the first item of Normalised is no picture.*not normalised"):
+        from_dataset(Normalised(), image_size=16)

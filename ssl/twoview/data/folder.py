@@ -84,24 +84,46 @@ def _walk(root: Path) -> tuple[list[str], list[str | None], int]:
     found: list[str] = []
     names: list[str | None] = []
     others = 0
-    for folder_, below, files in os.walk(root):
-        below.sort()
+    seen: set[str] = set()  # links may lead in circles
+    for folder_, below, files in os.walk(root, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        real = os.path.realpath(folder_)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
         inside = os.path.relpath(folder_, root).split(os.sep)[0]
         pictures = [n for n in sorted(files) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
         found += [os.path.join(folder_, name) for name in pictures]
         names += [None if inside == "." else inside] * len(pictures)
         others += len(files) - len(pictures)
     labelled = None not in names and len(set(names)) > 1
+    if labelled and {str(name).lower() for name in names} <= {
+        "train",
+        "training",
+        "test",
+        "val",
+        "valid",
+        "validation",
+    }:
+        inside = " and ".join(sorted({str(name) for name in names}))
+        raise UserError(
+            f"data.root={root}: holds the splits {inside}, not classes; give data.root={root / 'train'} and "
+            "data.eval_root=, the other one"
+        )
     return found, names if labelled else [None] * len(found), others
 
 
 def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
     if file.suffix.lower() == ".txt":
-        rows: list[dict[str, str]] = [{"path": line} for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        rows: list[dict[str, str]] = [{"path": line} for line in lines if line.strip()]
     else:
-        with file.open(newline="") as handle:
-            rows = list(csv.DictReader(handle))
-        if not rows or "path" not in rows[0]:
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            header, *cells = list(csv.reader(handle)) or [[]]
+        columns = [column.strip().lower() for column in header]
+        rows = [dict(zip(columns, (cell.strip() for cell in row), strict=False)) for row in cells if any(row)]
+        if not all(row.get("path") for row in rows) or "path" not in columns:
             raise UserError(f"{knob}={file}: the first line must name the columns: path, and label if there are labels")
     if not rows:
         raise UserError(f"{knob}={file}: the list is empty")

@@ -1,7 +1,8 @@
 """The images of a run in memory, and the order in which training sees them."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -35,10 +36,13 @@ class ImageArrays(Dataset[Batch]):
     Args:
         pixels: uint8 ``[N, C, S, S]``.
         labels: int64 ``[N]``, -1 where unknown.
+        blocks: int64 ``[N]``, the block that each image lay in, if it lay in one; keeps the order of training what it
+            would be out of memory.
     """
 
     pixels: Tensor
     labels: Tensor
+    blocks: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4 or self.pixels.shape[2] != self.pixels.shape[3]:
@@ -47,7 +51,6 @@ class ImageArrays(Dataset[Batch]):
             raise UserError(f"{len(self.pixels)} images with {len(self.labels)} labels: give one label an image")
 
     num_workers = 0  # nothing is left to do for a loader process
-    blocks = None  # any order is as good as any other
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -68,11 +71,16 @@ class ImageArrays(Dataset[Batch]):
 
     def subset(self, positions: Tensor) -> "ImageArrays":
         """The images at some positions."""
-        return ImageArrays(self.pixels[positions], self.labels[positions])
+        blocks = None if self.blocks is None else self.blocks[positions]
+        return ImageArrays(self.pixels[positions], self.labels[positions], blocks)
+
+    def with_labels(self, labels: Tensor) -> "ImageArrays":
+        """The same images with other labels."""
+        return replace(self, labels=labels)
 
     def moments(self) -> Tensor:
         """float64 ``[N, 2, C]``, mean and mean square of each image's channels on the scale [0, 1]."""
-        return torch.cat([moments(part) for part in self.pixels.split(1024)])
+        return moments(self.pixels)
 
 
 class Images(Protocol):
@@ -100,14 +108,22 @@ class Images(Protocol):
     def subset(self, positions: Tensor) -> "Images":
         """The images at some positions."""
 
+    def with_labels(self, labels: Tensor) -> "Images":
+        """The same images with other labels."""
+
     def moments(self) -> Tensor:
         """float64 ``[N, 2, C]``, mean and mean square of each image's channels on the scale [0, 1]."""
 
 
 def moments(pixels: Tensor) -> Tensor:
     """float64 ``[N, 2, C]``, mean and mean square of each channel of uint8 ``[N, C, H, W]`` on the scale [0, 1]."""
-    values = pixels.cpu().flatten(2).float().div_(255)
-    return torch.stack([values.mean(2, dtype=torch.float64), values.square().mean(2, dtype=torch.float64)], dim=1)
+    known = []
+    for part in pixels.split(max(1, 2**22 // max(1, pixels[:1].numel()))):
+        values = part.cpu().flatten(2).float().div_(255)
+        known.append(
+            torch.stack([values.mean(2, dtype=torch.float64), values.square().mean(2, dtype=torch.float64)], 1)
+        )
+    return torch.cat(known) if known else torch.zeros(0, 2, pixels.shape[1], dtype=torch.float64)
 
 
 def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -243,10 +259,32 @@ class ImageData(L.LightningDataModule):
         return self.pretrain.channels
 
     @cached_property
+    def _moments(self) -> Tensor:
+        return self.pretrain.moments()
+
+    @cached_property
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the images to learn from, on the scale [0, 1]."""
-        mean, square = self.pretrain.moments().mean(0)
+        mean, square = self._moments.mean(0)
         return mean.tolist(), (square - mean**2).clamp(min=1e-6).sqrt().tolist()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images to learn from, by the statistics of each, and of their labels and order."""
+        content = self._moments.numpy().tobytes() + self.pretrain.labels.numpy().tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def hide_labels(self, positions: Tensor) -> None:
+        """Keep the labels of some images of ``train`` from pretraining, so that choices can be made on them.
+
+        Args:
+            positions: int64, in ``train``.
+        """
+        known = torch.nonzero(self.pretrain.labels >= 0).flatten()
+        if self.train is not None and len(known) == len(self.train):  # the same ones, in the same order
+            labels = self.pretrain.labels.clone()
+            labels[known[positions]] = -1
+            self.pretrain = self.pretrain.with_labels(labels)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of unaugmented uint8 images, which lie on a GPU already if they take a quarter of what is free."""

@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from twoview.data.decode import square
+from twoview.data.decode import square, square_and_shape
 from twoview.data.images import Batch, ImageArrays, ImageData, in_order, moments, split_labels
 from twoview.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # pictures that a worker hands over at a time
+CHUNK = 256  # pictures that a worker hands over at a time, at the most
+CHUNK_BYTES = 2**23  # of their pixels
 
 
 class Items(Sequence[Any]):
@@ -88,6 +90,12 @@ class Pictures(Dataset[Batch]):
         starts = getattr(self.source, "starts", None)
         return None if starts is None else torch.bucketize(self.positions, torch.as_tensor(starts), right=True)
 
+    def with_labels(self, labels: Tensor) -> "Pictures":
+        """The same pictures with other labels."""
+        return Pictures(
+            self.source, labels, self.size, self.channels, self.positions, self.num_workers, self.known_moments
+        )
+
     def moments(self) -> Tensor:
         """float64 ``[N, 2, C]``, mean and mean square of each picture's channels on the scale [0, 1]."""
         if self.known_moments is None:
@@ -108,13 +116,21 @@ class Pictures(Dataset[Batch]):
 
 
 class _Read(NamedTuple):
-    """What a worker says of one chunk; pixels and moments are of the readable pictures alone."""
+    """What a worker says of one chunk; pixels and moments are of the readable pictures alone.
 
-    pixels: Tensor
-    moments: Tensor
-    good: Tensor
+    Arrays, because a tensor would hold an open file of shared memory for as long as it is kept.
+    """
+
+    pixels: np.ndarray
+    moments: np.ndarray
+    good: np.ndarray
     broken: list[tuple[int, str]]
-    kinds: dict[str, int]  # a Counter would come out of the loader with its counts doubled
+    kinds: Counter[str]
+    shapes: Counter[tuple[int, int, int]]
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
 
 
 class _Scan(Dataset[_Read]):
@@ -123,18 +139,21 @@ class _Scan(Dataset[_Read]):
 
     def __getitem__(self, positions: Any) -> _Read:
         p, pixels, good, broken, kinds = self.pictures, [], [], [], Counter[str]()
+        shapes = Counter[tuple[int, int, int]]()
         for position in torch.as_tensor(positions).tolist():
             try:
                 item = p.source[position]
-                pixels.append(square(item, p.size, p.channels))
+                one, shape = square_and_shape(item, p.size, p.channels)
             except Exception as error:
                 broken.append((position, f"{type(error).__name__}: {error}"))
             else:
+                pixels.append(one)
                 good.append(position)
+                shapes[shape] += 1
                 kinds["packed" if isinstance(item, bytes) else Path(item).suffix.lower()] += 1
         stacked = torch.stack(pixels) if pixels else torch.zeros(0, p.channels, p.size, p.size, dtype=torch.uint8)
-        kept = stacked if self.keep else stacked[:0]
-        return _Read(kept, moments(stacked), torch.tensor(good, dtype=torch.int64), broken, dict(kinds))
+        kept = stacked.numpy() if self.keep else np.zeros((0, *stacked.shape[1:]), dtype=np.uint8)
+        return _Read(kept, moments(stacked).numpy(), np.array(good, dtype=np.int64), broken, kinds, shapes)
 
 
 class Split(NamedTuple):
@@ -193,6 +212,7 @@ def load_splits(
     found = {"data.root": find(root, "data.root")}
     if eval_root:
         found["data.eval_root"] = find(eval_root, "data.eval_root")
+    _compare_classes(found)
     # Numbers in their own order: 2 before 10.
     named = {label for split in found.values() for label in split.names if label is not None}
     classes = sorted(named, key=lambda label: (len(label) if all(map(str.isdigit, named)) else 0, label))
@@ -208,15 +228,36 @@ def load_splits(
         splits.append(images)
         broken += bad
     log.info(
-        "data: %s %s MB as uint8: %s",
-        "all in memory," if needed <= budget else "decoded anew in every epoch:",
+        "data: short sides are resized to %d pixels, the centre squares kept (%d channels, %s MB) and %s; the network "
+        "sees %dx%d of them",
+        size,
+        channels,
         f"{needed / 1e6:,.0f}",
-        f"{channels}x{size}x{size} an image",
+        "held in memory" if needed <= budget else "decoded anew in every epoch",
+        image_size,
+        image_size,
     )
     pretrain, train, test = _split(splits, seed)
     data = ImageData(pretrain, train, test, classes, batch_size, name, mirror, least_crop, image_size)
     data.broken = broken
     return data
+
+
+def _compare_classes(found: dict[str, Split]) -> None:
+    """Labels of other things than those tested on are none; some missing ones are said."""
+    if len(found) < 2:
+        return
+    (_, first), (knob, judged) = found.items()
+    ours, theirs = ({name for name in split.names if name is not None} for split in (first, judged))
+    if ours and theirs and not ours & theirs:
+        log.warning(
+            "data: data.root has classes %s, data.eval_root %s: none in common, so data.root is taken as unlabelled",
+            ", ".join(sorted(ours)[:3]),
+            ", ".join(sorted(theirs)[:3]),
+        )
+        found["data.root"] = Split(first.source, [None] * len(first.names))
+    elif ours and theirs - ours:
+        log.warning("data: no picture of data.root is of %s, which %s has", ", ".join(sorted(theirs - ours)[:5]), knob)
 
 
 def from_dataset(
@@ -244,6 +285,14 @@ def from_dataset(
     def pictures(given: Any) -> Pictures:
         first = given[0]
         labelled = isinstance(first, tuple | list) and len(first) > 1
+        try:
+            square(Items(given)[0], size, channels)
+            int(first[1] if labelled else 0)
+        except Exception as error:
+            raise UserError(
+                f"data: the first item of {type(given).__name__} is no picture, nor a tuple of one and its class "
+                f"number ({error}); give PIL images, uint8 arrays or tensors, or floats in [0, 1], not normalised"
+            ) from error
         labels = [int(given[i][1]) for i in range(len(given))] if labelled else [-1] * len(given)
         return Pictures(Items(given), torch.tensor(labels), size, channels, num_workers=num_workers)
 
@@ -259,40 +308,56 @@ def _read_all(
 ) -> tuple[ImageArrays | Pictures, list[tuple[str, str]]]:
     """Decode every picture once: what is broken is known before training, what fits is kept, else its statistics."""
     n = len(pictures)
-    chunks = list(torch.arange(n).split(CHUNK))
-    workers = pictures.num_workers if n > 4 * CHUNK else 0  # processes cost more than a few pictures
+    chunks = list(torch.arange(n).split(max(1, min(CHUNK, CHUNK_BYTES // (pictures.channels * pictures.size**2)))))
+    workers = pictures.num_workers if len(chunks) > 4 else 0  # processes cost more than a few pictures
     pixels, known, good = [], [], []
     broken: list[tuple[str, str]] = []
-    kinds = Counter[str]()
-    for read in DataLoader(_Scan(pictures, keep), batch_size=None, sampler=chunks, num_workers=workers):
+    kinds, shapes = Counter[str](), Counter[tuple[int, int, int]]()
+    scan: Any = _Scan(pictures, keep)
+    for read in DataLoader(scan, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=_as_it_is):
         good.append(read.good)
         pixels.append(read.pixels)
         known.append(read.moments)
         broken += [(_name(pictures.source, position), reason) for position, reason in read.broken]
         kinds.update(read.kinds)
+        shapes.update(read.shapes)
     found = f"{n - len(broken):,} pictures ({', '.join(f'{c:,} {k}' for k, c in kinds.most_common())})"
     counts = Counter(int(label) for label in pictures.labels)
     labels = f"{len(counts - Counter({-1: n}))} classes" if max(counts) >= 0 else "no labels"
-    log.info("data: %s has %s, %s; %d broken files", knob, found, labels, len(broken))
+    log.info("data: %s has %s, %s, %s; %d broken files", knob, found, _sizes(shapes), labels, len(broken))
     if len(broken) > max_broken * n or len(broken) == n:
+        for name, reason in broken:
+            log.warning("broken: %s (%s)", name, reason)
         first = "; ".join(f"{name} ({reason})" for name, reason in broken[:3])
         raise UserError(
             f"{knob}: {len(broken)} of {n} files cannot be read, more than data.max_broken={max_broken:g} allows "
             f"(first: {first}); mend them, or raise data.max_broken"
         )
-    positions = torch.cat(good)
+    readable = pictures.subset(torch.from_numpy(np.concatenate(good)))
     if keep:
-        return ImageArrays(torch.cat(pixels), pictures.labels[positions]), broken
-    readable = pictures.subset(positions)
-    readable.known_moments = torch.cat(known)
+        return ImageArrays(torch.from_numpy(np.concatenate(pixels)), readable.labels, readable.blocks), broken
+    readable.known_moments = torch.from_numpy(np.concatenate(known))
     return readable, broken
+
+
+def _sizes(shapes: Counter[tuple[int, int, int]]) -> str:
+    if not shapes:
+        return "none readable"
+    heights, widths, bands = zip(*shapes, strict=True)
+    span = "x".join(
+        str(min(side)) if min(side) == max(side) else f"{min(side)} to {max(side)} " for side in (heights, widths)
+    )
+    return f"{span.strip()} pixels high and wide, {' or '.join(map(str, sorted(set(bands))))} channels"
 
 
 def _split(
     splits: Sequence[ImageArrays | Pictures], seed: int
 ) -> tuple[ImageArrays | Pictures, ImageArrays | Pictures | None, ImageArrays | Pictures | None]:
     """What is learned from, and labelled pictures to fit and to test the probes with, or None."""
-    labelled = [split.subset(torch.nonzero(split.labels >= 0).flatten()) for split in splits]
+    labelled = [
+        split if bool((split.labels >= 0).all()) else split.subset(torch.nonzero(split.labels >= 0).flatten())
+        for split in splits
+    ]
     if len(splits) == 2 and len(labelled[0]) and len(labelled[1]):
         return splits[0], labelled[0], labelled[1]
     whole = labelled[-1]
@@ -304,13 +369,11 @@ def _split(
     if len(splits) == 2:
         return splits[0], whole.subset(train), whole.subset(test)
     # Test pictures are not learned from; unlabelled ones are.
+    fitted = whole.subset(train)
     unlabelled = torch.nonzero(splits[0].labels < 0).flatten()
     known = torch.nonzero(splits[0].labels >= 0).flatten()
-    return (
-        splits[0].subset(torch.cat([known[train], unlabelled]).sort().values),
-        whole.subset(train),
-        whole.subset(test),
-    )
+    learned = splits[0].subset(torch.cat([known[train], unlabelled]).sort().values) if len(unlabelled) else fitted
+    return learned, fitted, whole.subset(test)
 
 
 def _name(source: Any, position: int) -> str:
@@ -318,7 +381,15 @@ def _name(source: Any, position: int) -> str:
 
 
 def _free_bytes() -> float:
+    free = [float("inf")]
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return 4e9
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(1024.0 * int(line.split()[1]))
+        # A container or a job of a cluster may be given less than the machine has.
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            free.append(float(limit) - float(used))
+    except (OSError, ValueError):  # not Linux, or no such limit
+        pass
+    return min(free) if min(free) < float("inf") else 4e9

@@ -18,6 +18,8 @@ from twoview.data.images import WINDOW, ImageData
 from twoview.data.pictures import Split, load_splits
 from twoview.errors import UserError
 
+KEPT_BYTES = 2**28  # of row groups, in every process
+
 
 class TarPictures(Sequence[bytes]):
     """The encoded pictures of uncompressed tar files, each read from where it lies.
@@ -74,7 +76,8 @@ class ParquetPictures(Sequence[bytes]):
             self.kept.move_to_end(group)
         else:
             self.kept[group] = self._read(group)
-            if len(self.kept) > WINDOW:  # as many as training draws from at a time
+            # No more than training draws from at a time, and no more than a worker should hold.
+            while len(self.kept) > WINDOW or (len(self.kept) > 1 and self._bytes() > KEPT_BYTES):
                 self.kept.popitem(last=False)
         encoded = self.kept[group][position - int(self.starts[group])].as_py()
         if encoded is None:
@@ -89,6 +92,9 @@ class ParquetPictures(Sequence[bytes]):
         group = bisect_right(self.starts, position) - 1
         file, number = self.groups[group]
         return f"{self.files[file]}, row {position - int(self.starts[group])} of row group {number}"
+
+    def _bytes(self) -> int:
+        return sum(column.nbytes for column in self.kept.values())
 
     def _read(self, group: int) -> Any:
         import pyarrow.compute
@@ -165,14 +171,16 @@ def _shards(roots: str | Sequence[str], knob: str, suffixes: tuple[str, ...]) ->
             raise UserError(f"{knob}={root}: shards are read from local disks; copy them to one first")
         if os.path.isdir(where):
             files = sorted(str(path) for path in Path(where).rglob("*") if path.name.endswith(suffixes))
-            splits = {match[0] for file in files if (match := re.match(r"train|test|valid|val", Path(file).name))}
+            # On the hub, splits are beginnings of names or folders.
+            parts = {part for file in files for part in Path(file).relative_to(where).parts}
+            splits = {match[0] for part in parts if (match := re.match(r"train|test|valid|val", part))}
             if len(splits) > 1:
                 raise UserError(
                     f"{knob}={root}: this folder holds several splits ({', '.join(sorted(splits))}); give a pattern "
                     f"for one of them, such as {knob}={Path(where) / f'train*{suffixes[0]}'}"
                 )
         else:
-            files = sorted(glob.glob(where, recursive=True))
+            files = [where] if os.path.isfile(where) else sorted(glob.glob(where, recursive=True))
         if not files:
             raise UserError(f"{knob}={root}: no {suffixes[0]} file there; give a file, a folder or a pattern with *")
         found += files
@@ -220,14 +228,16 @@ def _columns(schema: Any, knob: str, image: str | None, label: str | None) -> tu
 def _label_names(column: Any, schema: Any, name: str) -> list[str | None]:
     """Class names as the hub declares them, or what is in the column; None for null and negative numbers."""
     hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    declared = hub.get("info", {}).get("features", {}).get(name, {}).get("names")
+    feature = hub.get("info", {}).get("features", {}).get(name)
+    declared = feature.get("names") if isinstance(feature, dict) else None
     values = column.to_pylist()
     names: dict[Any, str | None] = {}
-    for value in set(values):
-        if value is None or (isinstance(value, int) and value < 0):
-            names[value] = None
-        else:
-            names[value] = declared[value] if declared else str(value)
+    try:
+        for value in set(values):
+            unknown = value is None or (isinstance(value, int) and value < 0)
+            names[value] = None if unknown else declared[value] if declared else str(value)
+    except (TypeError, IndexError) as error:
+        raise UserError(f"data.label_column={name}: holds no class numbers or names ({error}); name another") from error
     return [names[value] for value in values]
 
 
@@ -265,7 +275,7 @@ def _samples(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str | No
         elif extension in ("cls", "json"):
             content = shard.extractfile(member)
             text = content.read().decode("utf-8", "replace").strip() if content else ""
-            label = text if extension == "cls" else label or _json_label(text)
+            label = (text if text not in ("", "-1") else None) if extension == "cls" else label or _json_label(text)
     if picture is not None:
         yield picture, label
 

@@ -171,12 +171,14 @@ def fit_linear(
         return total
 
     optimizer.step(loss)
-    iterations = optimizer.state[weights]["n_iter"]
-    if iterations >= max_iterations:
+    state = optimizer.state[weights]
+    iterations = state["n_iter"]
+    converged = iterations < max_iterations and state["func_evals"] < 2 * max_iterations
+    if not converged:
         log.warning("linear probe: not converged in %d iterations; raise eval.max_iterations", iterations)
     with torch.no_grad():
         slopes = (directions @ (unit * weights)) / scale[:, None]
-        return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), iterations < max_iterations
+        return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), converged
 
 
 def _scores(probe: Tensor, features: Tensor) -> Tensor:
