@@ -172,6 +172,12 @@ def test_every_method_runs_by_its_name(tmp_path):
     assert [r["training"]["batches_without_step"] for r in reports] == [1, 1, 0, 0, 1]
 
 
+def test_a_sweep_of_several_processes_is_refused(tmp_path):
+    result = run("-m", "trainer=ddp", "trainer.accelerator=cpu", "seed=0,1", *SHORT, f"hydra.sweep.dir={tmp_path}")
+    assert result.returncode == 1
+    assert "trainer.devices=2: a sweep (-m) has one process a run" in result.stderr
+
+
 def test_two_processes_from_the_same_command(tmp_path):
     result = run(
         "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "method=moco", *SHORT, cwd=tmp_path, timeout=250
@@ -181,7 +187,7 @@ def test_two_processes_from_the_same_command(tmp_path):
     (file,) = tmp_path.glob("runs/*/*/report.json")
     report = json.loads(file.read_text())
     assert report["training"]["processes"] == 2
-    assert report["training"]["images_seen"] == report["training"]["batch_size"] * (report["training"]["steps"])
+    assert report["training"]["images_seen"] == report["training"]["batch_size"] * (report["training"]["steps"] + 1)
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
     assert result.stdout.count("report: ") == 1
     assert (file.parent / "run.log").read_text().count("images, test_resnet, batch") == 1

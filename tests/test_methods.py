@@ -258,8 +258,9 @@ def test_a_frozen_patch_embedding_stays():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_sync_replaces_every_batchnorm():
-    built = make(MoCo, queue_size=16, bn="sync")
+@pytest.mark.parametrize("method", ALL)
+def test_sync_replaces_every_batchnorm(method):
+    built = make(method, **ALL[method], bn="sync")
     kinds = {type(m).__name__ for m in built.modules() if "BatchNorm" in type(m).__name__}
     assert kinds
     assert all("Sync" in kind for kind in kinds)

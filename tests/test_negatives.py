@@ -46,7 +46,7 @@ def test_age_is_that_of_the_oldest_key():
     for i in range(6):
         queue.push(keys(2, i), torch.arange(2))
         ages.append(queue.age)
-    assert ages == [0, 1, 2, 2, 2, 2]
+    assert ages == [1, 2, 3, 3, 3, 3]
 
 
 def test_an_empty_push_changes_nothing():

@@ -19,7 +19,7 @@ from twoview.backbones import build_arguments, create_backbone
 from twoview.checkpoints import read_checkpoint
 from twoview.data import ImageArrays, digits
 from twoview.errors import UserError
-from twoview.evaluate import Protocol
+from twoview.evaluate import Protocol, split_holdout
 from twoview.methods import MoCo, SimCLR
 from twoview.monitors import FeatureCheck
 from twoview.optim import Optimization
@@ -207,7 +207,8 @@ def test_batches_that_cannot_be_are_refused(tmp_path, batch_size):
 def test_checks_of_a_part_see_every_class():
     labels = torch.arange(10).repeat_interleave(100)
     images = ImageArrays(torch.zeros(1000, 1, 8, 8, dtype=torch.uint8), labels)
-    check = FeatureCheck(images, images, 10, nn.Identity(), None, limit=200)
+    everything = torch.arange(len(images))
+    check = FeatureCheck(images, everything, everything, 10, nn.Identity(), None, limit=200)
     for part in (check.bank, check.held_out):
         assert len(part) == 200
         assert len(part.labels.unique()) == 10
@@ -341,5 +342,23 @@ def test_the_key_encoder_moves_once_an_optimiser_step(tmp_path, monkeypatch):
     monkeypatch.setattr(MoCo, "after_update", lambda self, progress: moves.append(progress))
     training = replace(CPU, max_epochs=2, accumulate=2)
     report = moco(tmp_path, training=training, protocol=None)
-    assert len(moves) == report["training"]["steps"] - report["training"]["batches_without_step"]
+    assert report["training"]["batches_without_step"] == 1  # a step with one batch that found no negatives is none
+    assert len(moves) == report["training"]["steps"] == 9
     assert moves[-1] == 1.0
+
+
+def test_labels_that_choices_are_made_on_are_kept_from_pretraining(tmp_path):
+    seen = {}
+
+    class Looks(SimCLR):
+        def forward(self, view_a, view_b, ids=None, labels=None):
+            seen.update(zip(ids.tolist(), labels.tolist(), strict=True))
+            return super().forward(view_a, view_b, ids, labels)
+
+    pretrain(tmp_path, method=Looks, training=replace(CPU, max_epochs=3), protocol=None)
+    images = digits(image_size=SIZE)
+    _, held = split_holdout(images.train.labels, 0.2, 0)
+    held = set(held.tolist())
+    assert len(seen) > 1300
+    assert all((label == -1) == (i in held) for i, label in seen.items())
+    assert all(label == images.train.labels[i] for i, label in seen.items() if i not in held)

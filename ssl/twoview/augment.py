@@ -129,7 +129,7 @@ class TwoViews(nn.Module):
         ):
             if key is not None:
                 # A hash of the integers, so that neighbouring seeds, counters and ranks share no stream.
-                torch.manual_seed(int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 1))
+                torch.manual_seed(mixed(key))
             images = pixels.float().div_(255)
             if self.operations_b is None:
                 view_a, view_b = self._normalized(self.operations_a(torch.cat([images, images]))).chunk(2)
@@ -194,3 +194,8 @@ def _check(recipe: Mapping[str, Any]) -> None:
         )
     if recipe["interpolation"] not in ("bilinear", "bicubic"):
         raise UserError(f"augment.interpolation={recipe['interpolation']}: choose bilinear or bicubic")
+
+
+def mixed(key: Sequence[int]) -> int:
+    """One seed of several integers >= 0, different where they are."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 1)

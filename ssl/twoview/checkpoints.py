@@ -1,6 +1,9 @@
 """Checkpoints: plain containers and tensors, written whole or not at all, read without executing anything."""
 
+import contextlib
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +16,43 @@ from twoview.backbones import create_backbone
 from twoview.data import Preprocess
 from twoview.errors import UserError
 
+log = logging.getLogger(__name__)
+
 LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"  # the one before the last
 BEST = "best.ckpt"
 PREFIX = "method.backbone."
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, and renames: a killed run leaves the previous checkpoint as it was."""
+    """Writes beside the target, syncs, and renames: a killed run leaves the previous checkpoint as it was.
+
+    What was ``last.ckpt`` is kept as ``previous.ckpt``.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.name == LAST and path.exists():
+                path.replace(path.with_name(PREVIOUS))
             temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            if isinstance(error, RuntimeError) and not re.search("write|file|iostream", str(error)):
+                raise
+            raise UserError(
+                f"{path} could not be written ({str(error).splitlines()[0]}); what was saved before is as it was: make "
+                f"room or mend the folder, and go on with resume={path.parent.parent}"
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 class SaveCheckpoints(L.Callback):
@@ -60,11 +79,27 @@ class SaveCheckpoints(L.Callback):
         if score is not None and score > self.best:
             self.best = score
             trainer.save_checkpoint(self.folder / BEST)
+        self.last(trainer)
+
+    def last(self, trainer: L.Trainer) -> None:
+        """Save the state of this moment."""
         trainer.save_checkpoint(self.folder / LAST)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run."""
-        trainer.save_checkpoint(self.folder / LAST)
+        self.last(trainer)
+
+
+def newest(run_dir: Path) -> dict[str, Any] | None:
+    """The last checkpoint of a run that can be read, as :func:`read_checkpoint` gives it; None if there is none."""
+    for name in (LAST, PREVIOUS):
+        path = run_dir / "checkpoints" / name
+        if path.exists():
+            try:
+                return read_checkpoint(path)
+            except UserError as error:
+                log.warning("%s; the one before it is tried", error)
+    return None
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twoview.errors import UserError
+from twoview.errors import Interrupted, UserError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def main() -> None:
     overrides = [quoted(a) for a in sys.argv[1:] if not a.startswith("-")]
     sweep = any(flag in ("-m", "--multirun") for flag in flags)
     try:
+        overrides = _resumed(overrides)
         # Other flags ask Hydra for something else than a run: help, the configuration, shell completion.
         if sweep or not flags:
             sys.argv[1:] = [*flags, *check_overrides(overrides, sweep)]
@@ -62,6 +63,9 @@ def _job(cfg: DictConfig) -> float | None:
     """One run; what it returns is what a sweeper optimises."""
     try:
         return _run(cfg)
+    except Interrupted as stop:
+        print(f"twoview: {stop}", file=sys.stderr)
+        raise SystemExit(stop.code) from None  # a sweep ends here too
     except Exception as error:
         mistake = next((str(e) for e in _causes(error) if isinstance(e, UserError)), None)
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -83,6 +87,11 @@ def _run(cfg: DictConfig) -> float | None:
         raise UserError(f"select_by={select_by}: choose one of {', '.join(SELECTABLE)}")
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
+    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.get("trainer", {}).get("devices", 1) > 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: a sweep (-m) has one process a run; start the runs one by one, or "
+            "leave trainer.devices out"
+        )
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "task"])
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         folder = Path(HydraConfig.get().runtime.output_dir)
@@ -106,6 +115,43 @@ def _run(cfg: DictConfig) -> float | None:
         _print_table(result)
     value = result.get("figures", {}).get(select_by)
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _resumed(overrides: list[str]) -> list[str]:
+    """With ``resume=RUN_DIR``, the overrides of that run under the given ones, in its folder."""
+    where = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("resume=")), None)
+    if where is None:
+        return overrides
+    given = [o for o in overrides if not o.startswith("resume=")]
+    if where == "auto":
+        folder = _newest_unfinished(given)
+        if folder is None:
+            print("resume=auto: there is no unfinished run of this configuration; a new one begins")
+            return given
+    else:
+        folder = Path(where).expanduser()
+        stored = folder / ".hydra" / "overrides.yaml"
+        if not stored.is_file():
+            raise UserError(f"resume={where}: there is no run; give the folder of one")
+        keys = {o.partition("=")[0] for o in given} | {"resume.run", "hydra.run.dir"}
+        before = [str(o) for o in OmegaConf.to_container(OmegaConf.load(stored))]  # type: ignore[union-attr]
+        given = [*(o for o in before if o.partition("=")[0] not in keys), *given]
+    return [*given, quoted(f"resume.run={folder}"), quoted(f"hydra.run.dir={folder}")]
+
+
+def _newest_unfinished(overrides: list[str]) -> Path | None:
+    texts = check_overrides(overrides)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        wanted = _plain(hydra.compose("config", texts))
+    runs = sorted(Path("runs").glob("*/*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    unfinished = (file for file in runs if not (file.parent / "report.json").exists())
+    return next((file.parent for file in unfinished if _plain(OmegaConf.load(file)) == wanted), None)
+
+
+def _plain(cfg: Any) -> Any:
+    """What makes a run what it is: not its folder, nor what it goes on from."""
+    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("task", "logger", "resume")])
+    return OmegaConf.to_container(kept, resolve=True)
 
 
 def _print_table(report: Mapping[str, Any]) -> None:

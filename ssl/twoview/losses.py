@@ -287,7 +287,7 @@ def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") ->
     >>> round(chance_level(511), 4)
     6.2383
     """
-    counts = torch.as_tensor(valid_negatives, dtype=torch.float64)
+    counts = torch.as_tensor(valid_negatives).cpu().double()  # some devices have no float64
     decoupled = variant in ("dcl", "dclw")
     return float(torch.log(counts.clamp(min=1) if decoupled else 1 + counts).mean())
 

@@ -107,7 +107,9 @@ def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor
     u_a, u_b = unit_rows(z_a), unit_rows(z_b)
     anchors = u_a[:rows]
     own = torch.eye(len(anchors), len(u_a), dtype=torch.bool, device=u_a.device)
-    return contrastive_logs((anchors * u_b[:rows]).sum(1), anchors @ torch.cat([u_a, u_b]).T, ~torch.cat([own, own], 1))
+    with torch.autocast(u_a.device.type, enabled=False):
+        similarity = anchors @ torch.cat([u_a, u_b]).T
+    return contrastive_logs((anchors * u_b[:rows]).sum(1), similarity, ~torch.cat([own, own], 1))
 
 
 @torch.no_grad()

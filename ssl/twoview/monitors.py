@@ -10,6 +10,7 @@ import lightning as L
 import rich
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from twoview import metrics
 from twoview.checkpoints import SaveCheckpoints
@@ -127,8 +128,9 @@ class FeatureCheck(L.Callback):
     """Every n epochs, on clean images: effective rank, and kNN accuracy of held-out training images against the others.
 
     Args:
-        bank: images whose features are looked at, and whose labels vote.
-        held_out: labelled training images that are classified; None for no kNN.
+        images: labelled training images, or others where there are none.
+        fit: positions of those whose features are looked at, and whose labels vote.
+        held: positions of those that are classified; None for no kNN.
         classes: number of classes.
         preprocess: of both.
         save: told of every score.
@@ -138,16 +140,17 @@ class FeatureCheck(L.Callback):
 
     def __init__(
         self,
-        bank: Images,
-        held_out: Images | None,
+        images: Images,
+        fit: Tensor,
+        held: Tensor | None,
         classes: int,
         preprocess: Preprocess,
         save: SaveCheckpoints,
         every: int = 10,
         limit: int = 10_000,
     ) -> None:
-        self.bank = _sample(bank, limit)
-        self.held_out = None if held_out is None else _sample(held_out, limit)
+        self.bank = images.subset(_sample(fit, limit))
+        self.held_out = None if held is None else images.subset(_sample(held, limit))
         self.classes, self.preprocess, self.every, self.save = classes, preprocess, every, save
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -176,10 +179,10 @@ class FeatureCheck(L.Callback):
         return figures, words
 
 
-def _sample(images: Images, limit: int) -> Images:
+def _sample(positions: Tensor, limit: int) -> Tensor:
     # At random, always the same: the first pictures of a folder are of one class.
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images.subset(order[:limit].sort().values)
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    return positions[order[:limit].sort().values]
 
 
 class TimeLimit(L.Callback):
@@ -198,9 +201,22 @@ class TimeLimit(L.Callback):
         self.steps = self.warm_steps = 0
         self.fixed = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {"fixed": self.fixed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+        self.fixed = state_dict["fixed"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, unless the length of the run was fixed before it was stopped."""
+        assert isinstance(pl_module, Pretraining)
         self.start = self.warm_at = time.perf_counter()
+        self.first = self.steps = trainer.global_step
+        self.fixed = self.fixed and pl_module.length_kept
+        if self.fixed:
+            trainer.fit_loop.epoch_loop.max_steps = int(pl_module.total_steps)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -210,12 +226,12 @@ class TimeLimit(L.Callback):
         now, steps = time.perf_counter(), trainer.global_step
         if self.fixed or steps == self.steps:  # no update: a batch of several that are accumulated
             return
-        self.steps = steps
+        self.steps, done = steps, steps - self.first
         late = trainer.strategy.broadcast(now - self.start > self.seconds / 5)
-        if steps <= self.warm and not late:
-            self.warm_at, self.warm_steps = now, steps
-        elif late or steps == self.warm + self.timed:
-            per_step = (now - self.warm_at) / (steps - self.warm_steps)
+        if done <= self.warm and not late:
+            self.warm_at, self.warm_steps = now, done
+        elif late or done == self.warm + self.timed:
+            per_step = (now - self.warm_at) / (done - self.warm_steps)
             left = max(0.0, self.seconds - (now - self.start))
             # trainer.max_epochs may end the run before.
             total = int(min(steps + max(1, int(left / per_step)), pl_module.total_steps))

@@ -78,5 +78,5 @@ class NegativeQueue(nn.Module):
 
     @property
     def age(self) -> int:
-        """Pushes since the oldest key came in, 0 if there is none."""
-        return int(self.pushes - self.pushed_at[: len(self)].min()) if len(self) else 0
+        """How many batches ago the oldest key came in, seen from the batch that reads it; 0 if there is none."""
+        return 1 + int(self.pushes - self.pushed_at[: len(self)].min()) if len(self) else 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from twoview.augment import TwoViews
+from twoview.augment import TwoViews, mixed
 from twoview.backbones import is_depthwise
 from twoview.data import Batch
 from twoview.errors import UserError
@@ -49,7 +49,10 @@ class Pretraining(L.LightningModule):
         self.augment, self.optimization, self.schedule = augment, optimization, schedule
         self.global_batch, self.seed, self.card = global_batch, seed, card or {}
         self.total_steps: float = math.inf  # known from the start, or once trainer.max_time has been turned into steps
+        self.length_kept = False  # whether it came from the checkpoint of a run that was stopped
+        self.at_rest: Callable[[L.Trainer], None] | None = None  # called when a batch has left all its traces
         self.batches_without_step = 0
+        self.filling = False  # whether a batch of this step found no negatives
         self.step: Step | None = None
 
     def configure_optimizers(self) -> Optimizer:
@@ -69,7 +72,11 @@ class Pretraining(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Two views, one loss."""
-        self.step = self.method(*self.views(batch.pixels), batch.ids, batch.labels)
+        self.filling = self.filling or not self.method.ready
+        view_a, view_b = self.views(batch.pixels)
+        counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        torch.manual_seed(mixed((self.seed, counter, self.global_rank, 1)))  # of dropout, so that a resumed run goes on
+        self.step = self.method(view_a, view_b, batch.ids, batch.labels)
         return self.step.loss
 
     def optimizer_step(
@@ -84,11 +91,12 @@ class Pretraining(L.LightningModule):
         factor = self.schedule(self.global_step / steps_per_epoch, self.total_steps / steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        if not self.method.ready:
+        if self.filling or not self.method.ready:
             # A first batch fills the queue. With gradients of zero, weight decay alone would move the weights.
             assert optimizer_closure is not None
             optimizer_closure()
             optimizer.zero_grad()
+            self.filling = False
             self.batches_without_step += 1
             return
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -98,14 +106,22 @@ class Pretraining(L.LightningModule):
         """Let the method move its state, once the loss has been used."""
         if self.step is not None:
             self.method.after_batch(self.step)
+        # Accumulated gradients are in no checkpoint.
+        if self.at_rest is not None and not self.trainer.fit_loop._should_accumulate():
+            self.at_rest(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything that :func:`twoview.load` needs, as plain values."""
-        checkpoint["twoview"] = {**self.card, "total_steps": self.total_steps}
+        lengths = {"total_steps": self.total_steps, "batches_without_step": self.batches_without_step}
+        checkpoint["twoview"] = {**self.card, **lengths}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the length of the run that was fixed before."""
-        self.total_steps = checkpoint["twoview"]["total_steps"]
+        """Go on with the length of the run that was fixed before, unless another one was asked for."""
+        card = checkpoint["twoview"]
+        self.batches_without_step = card["batches_without_step"]
+        self.length_kept = card["length"] == self.card.get("length")
+        if self.length_kept:
+            self.total_steps = card["total_steps"]
 
 
 def choose_precision(precision: str, backbone: torch.nn.Module, device: torch.device) -> str:

@@ -1,10 +1,12 @@
 """What a user does with twoview, as plain typed functions: pretrain, judge, preview. No configuration system here."""
 
+import csv
 import json
 import logging
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -19,18 +21,21 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import Dataset
 
 from twoview import __version__
 from twoview.augment import TwoViews
 from twoview.backbones import build_arguments, create_backbone
-from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, read_checkpoint, rebuild
+from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, newest, read_checkpoint, rebuild
 from twoview.data import ImageData, Images, Preprocess, fit_size, from_dataset, in_order
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, extract, judge, split_holdout
+from twoview.interrupts import Interrupts
 from twoview.methods import Method
 from twoview.monitors import Bar, FeatureCheck, TimeLimit, Watch
 from twoview.optim import Optimization, describe_groups
@@ -126,8 +131,13 @@ def pretrain(
     loggers: Sequence[Any] | Mapping[str, Any] = (),
     seed: int = 0,
     run_dir: str | Path = "run",
+    resume: object = False,
+    exact: bool = True,
 ) -> dict[str, Any]:
     """Pretrain a backbone without labels, then judge its features.
+
+    A run that was stopped goes on to the last digit of the uninterrupted one: image order, augmentation, schedules and
+    momentum are functions of seed and step, and all other state is in the checkpoint.
 
     Args:
         data: the images; or what loads them, called after everything cheap has been checked; or your own torch
@@ -143,12 +153,16 @@ def pretrain(
         loggers: Lightning loggers, by name or not.
         seed: of initialisation, image order, augmentation and held-out split.
         run_dir: folder for checkpoints and ``report.json``; made if missing.
+        resume: anything true to go on from the last checkpoint in ``run_dir``, if there is one.
+        exact: refuse to go on where the result could differ: other data, seed, batch size, number of processes or
+            threads, precision, device or torch.
 
     Returns:
         The report, as written to ``report.json``; of several processes, the first one's alone, the others' are empty.
 
     Raises:
         UserError: a mistake in the arguments, before training starts.
+        twoview.errors.Interrupted: a signal asked the run to stop; it has been saved.
     """
     training, run_dir = training or Training(), Path(run_dir)
     L.seed_everything(seed, workers=True, verbose=False)
@@ -186,22 +200,46 @@ def pretrain(
         "classes": images.classes,
         "seed": seed,
         "versions": _versions(),
+        "length": {knob: getattr(training, knob) for knob in ("max_epochs", "max_time", "max_steps")},
     }
     global_batch = images.batch_size * training.accumulate
     module = Pretraining(built, views, optimization, schedule, global_batch, seed, card)
     preprocess = Preprocess(images.image_size, mean, std, images.pretrain.size)
     save = SaveCheckpoints(run_dir / "checkpoints")
-    bank, held_out = images.pretrain, None
+    fit, held = torch.arange(len(images.pretrain)), None
     if images.train is not None:
         fit, held = split_holdout(images.train.labels, (protocol or Protocol()).holdout, seed)
-        bank, held_out = images.train.subset(fit), images.train.subset(held)
-    check = FeatureCheck(bank, held_out, len(images.classes), preprocess, save, training.check_every)
-    callbacks: list[L.Callback] = [Watch(training.log_every), check, save, Bar()]
+        images.hide_labels(held)
+    check = FeatureCheck(
+        images.train or images.pretrain, fit, held, len(images.classes), preprocess, save, training.check_every
+    )
+    interrupts = Interrupts(save)
+    module.at_rest = interrupts.stop_if_asked
+    callbacks: list[L.Callback] = [Watch(training.log_every), check, save, interrupts, Bar()]
     trainer = _trainer(training, network, callbacks, loggers, run_dir)
     device = trainer.strategy.root_device
+    if built.bn == "sync" and device.type != "cuda":
+        raise UserError(f"method.bn=sync: needs a GPU, not {device.type}; choose plain or split")
+    card["conditions"] = {
+        "seed": seed,
+        "data.batch_size": images.batch_size,
+        "trainer.accumulate": training.accumulate,
+        "trainer.precision": str(trainer.precision),
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "device": _capability(device),
+        "data": images.fingerprint,
+        "torch": str(torch.__version__),
+    }
+    stopped = newest(run_dir) if resume else None
+    if stopped is not None:
+        _check_resume(stopped, module, run_dir, exact)
+        _keep_rows(trainer.loggers, stopped["global_step"])
+        log.info("going on after step %d of %s", stopped["global_step"], stopped["path"])
     if images.broken and trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in images.broken))
+        lines = "".join(f"{name}\t{reason}\n" for name, reason in images.broken)
+        (run_dir / "broken.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
         log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
     optimizer = optimization.build(built, global_batch)  # as the Trainer will build it
     for line in describe_groups(optimizer):
@@ -219,21 +257,27 @@ def pretrain(
     queue = getattr(built, "queue", None)
     if queue is not None and len(queue.keys) > len(images.pretrain):
         log.info(
-            "method.queue_size=%d: larger than the data set of %d images; keys of a query's own image are left out "
-            "of its negatives, however many there are",
+            "method.queue_size=%d: larger than the data set of %d images, so it holds images several times",
             len(queue.keys),
             len(images.pretrain),
         )
     start = time.perf_counter()
     try:
-        trainer.fit(module, datamodule=images)
+        trainer.fit(module, datamodule=images, ckpt_path=stopped["path"] if stopped else None, weights_only=True)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        words = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not words:
             raise
         raise UserError(
             f"data.batch_size={images.batch_size}: out of memory; try a smaller data.batch_size or data.image_size, a "
             "smaller backbone.name, or trainer.precision=bf16-mixed"
         ) from error
+    finally:
+        if trainer.world_size > 1 and dist.is_initialized():
+            # Whoever comes after in this process is alone again.
+            dist.destroy_process_group()
+            for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
     seconds = time.perf_counter() - start
     if not trainer.is_global_zero:
         return {}  # the evaluation is one process's work
@@ -241,7 +285,7 @@ def pretrain(
     report = _report("pretrain", card, seed, run_dir) | {
         "training": {
             "epochs": round(seen / len(images.pretrain), 2),
-            "steps": trainer.global_step,
+            "steps": trainer.global_step - module.batches_without_step,
             "images_seen": seen,
             "batches_without_step": module.batches_without_step,
             "seconds": round(seconds, 1),
@@ -402,6 +446,39 @@ def _judged(
     }
 
 
+def _check_resume(stopped: Mapping[str, Any], module: Pretraining, run_dir: Path, exact: bool) -> None:
+    card = stopped["twoview"]
+    mine = {name: list(value.shape) for name, value in module.state_dict().items()}
+    if mine != {name: list(value.shape) for name, value in stopped["state_dict"].items()}:
+        raise UserError(f"resume={run_dir}: its networks are other ones; give the run's own backbone, head and method")
+    if stopped["global_step"] >= card["total_steps"] and card["length"] == module.card["length"]:
+        raise UserError(
+            f"resume={run_dir}: this run is finished, after {stopped['global_step']} steps; raise trainer.max_epochs "
+            "to go on"
+        )
+    now = module.card["conditions"]
+    differ = [f"{name} was {value}, is {now[name]}" for name, value in card["conditions"].items() if value != now[name]]
+    if differ and exact:
+        raise UserError(
+            f"resume={run_dir}: would not come to the same result ({'; '.join(differ)}); make them equal, or go on "
+            "regardless with resume.exact=false"
+        )
+    if differ:
+        log.warning("resume: not exact (%s)", "; ".join(differ))
+
+
+def _keep_rows(loggers: Sequence[Any], step: int) -> None:
+    """Let metrics.csv go on: Lightning's logger deletes what a folder holds."""
+    for logger in loggers:
+        file = Path(logger.log_dir) / "metrics.csv" if isinstance(logger, CSVLogger) else None
+        if file is not None and file.exists():
+            with file.open(newline="") as handle:
+                rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                logger.experiment.metrics = rows
+
+
 def _trainer(
     training: Training, network: nn.Module, callbacks: list[L.Callback], loggers: Any, run_dir: Path
 ) -> L.Trainer:
@@ -410,7 +487,8 @@ def _trainer(
     # What Lightning says at start is for its own users; loader workers are a choice here, not an oversight.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings(
-        "ignore", ".*(does not have many workers|Experiment logs directory|LeafSpec|logging interval).*"
+        "ignore",
+        ".*(does not have many workers|ended before the epoch ended|Experiment logs|LeafSpec|logging interval).*",
     )
     try:
         return L.Trainer(
@@ -448,6 +526,10 @@ def _device(accelerator: str = "auto") -> torch.device:
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def _capability(device: torch.device) -> str:
+    return _device_name(device) if device.type == "cuda" else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _raw_pixels(images: Images) -> Tensor:

@@ -59,23 +59,30 @@ class Method(nn.Module):
             raise UserError(f"method.bn={bn}: choose one of {', '.join(self.bn_choices)}")
         if bn_groups < 2:
             raise UserError(f"method.bn_groups={bn_groups}: must be at least 2; for one group choose method.bn=plain")
-        if bn == "sync":
-            if not torch.cuda.is_available():
-                raise UserError("method.bn=sync: needs a GPU; on a CPU choose plain or split")
-            backbone, head = sync_batch_norm(backbone), sync_batch_norm(head)
-        self.backbone = backbone
-        self.head = head
+        if bn == "sync" and not torch.cuda.is_available():
+            raise UserError("method.bn=sync: needs a GPU; on a CPU choose plain or split")
         self.bn, self.bn_groups = bn, bn_groups
+        self.backbone = self.synced(backbone)
+        self.head = self.synced(head)
 
     @property
     def ready(self) -> bool:
         """Whether a batch may change the weights; not before a queue holds its first keys."""
         return True
 
+    def synced(self, module: nn.Module) -> nn.Module:
+        """The module with BatchNorm over all ranks, if that was asked for."""
+        return sync_batch_norm(module) if self.bn == "sync" else module
+
     @property
     def groups(self) -> int:
         """Groups that this rank's images are normalised in."""
-        return max(1, self.bn_groups // rank_and_world()[1]) if self.bn in ("split", "shuffle") else 1
+        world = rank_and_world()[1]
+        if self.bn not in ("split", "shuffle") or self.bn_groups <= world:
+            return 1
+        if self.bn_groups % world:
+            raise UserError(f"method.bn_groups={self.bn_groups}: cannot be divided among {world} processes")
+        return self.bn_groups // world
 
     def embed(self, *views: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features of the first view without gradient, and each view's embeddings, from one pass over all of them."""
@@ -107,8 +114,9 @@ def in_batch_step(loss: Tensor, features: Tensor, z_a: Tensor, z_b: Tensor, chan
 
 
 def gathered(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor of all ranks."""
-    return [gather(tensor) for tensor in tensors]
+    """Each tensor of all ranks; gradients are summed in at least fp32."""
+    half = (torch.float16, torch.bfloat16)
+    return [gather(tensor.float() if tensor.dtype in half else tensor) for tensor in tensors]
 
 
 def check_momentum(start: float, end: float | None) -> None:

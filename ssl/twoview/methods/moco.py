@@ -92,7 +92,7 @@ class MoCo(Method):
             self.queue.push(*gathered(*step.keys))
 
     def _loss(self, q: Tensor, k: Tensor, queue: Tensor, same: Tensor) -> Tensor:
-        if self.variant == "dclw":  # its weights are of the whole batch
+        if self.variant == "dclw" and len(queue):  # its weights are of the whole batch
             q, k, same = gathered(q, k, same)
         return info_nce(q, k, queue, self.temperature, variant=self.variant, same=same)
 
@@ -103,5 +103,6 @@ class MoCo(Method):
 
 
 def _cosines(q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
-    q, k = unit_rows(q), unit_rows(k)
-    return (q * k).sum(1), q @ queue.to(q.dtype).T
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = unit_rows(q), unit_rows(k)
+        return (q * k).sum(1), q @ queue.to(q.dtype).T

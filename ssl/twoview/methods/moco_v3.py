@@ -46,7 +46,7 @@ class MoCoV3(Method):
         check_loss_knobs(temperature)
         check_momentum(momentum, momentum_end)
         self.temperature, self.momentum, self.momentum_end = temperature, momentum, momentum_end
-        self.predictor = predictor(output_width(head))
+        self.predictor = self.synced(predictor(output_width(head)))
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         if freeze_patch_embedding:
             if not hasattr(backbone, "patch_embed"):

@@ -38,7 +38,7 @@ class NNCLR(Method):
         super().__init__(backbone, head, bn, bn_groups)
         check_loss_knobs(temperature)
         self.temperature = temperature
-        self.predictor = predictor(output_width(head))
+        self.predictor = self.synced(predictor(output_width(head)))
         self.queue = NegativeQueue(queue_size, output_width(head))
 
     @property
@@ -69,4 +69,6 @@ class NNCLR(Method):
         stored, _ = self.queue.read()
         if not len(stored):
             return z
-        return stored[(unit_rows(z) @ stored.to(unit_rows(z).dtype).T).argmax(1)]
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cannot tell near neighbours apart
+            z = unit_rows(z)
+            return stored[(z @ stored.to(z.dtype).T).argmax(1)]
