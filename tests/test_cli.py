@@ -93,7 +93,7 @@ def choices():
 
 @pytest.mark.parametrize(("group", "choice"), choices())
 def test_every_choice_composes_and_instantiates(group, choice):
-    root = ["data.root=x"] if choice in ("folder", "cifar10_cpu") else []
+    root = ["data.root=x"] if choice in ("folder", "parquet", "webdataset", "cifar10_cpu") else []
     check_overrides([f"{group}={choice}", *root])
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", [f"{group}={choice}", *root])
@@ -109,7 +109,7 @@ def test_every_choice_composes_and_instantiates(group, choice):
             )
             assert view.shape == (2, 3, 16, 16)
         case "method":
-            assert node(torch.nn.Identity(), torch.nn.Identity()).temperature > 0
+            assert node(torch.nn.Identity(), torch.nn.Linear(2, 2)).temperature > 0
         case "optimizer":
             assert node.build(torch.nn.Linear(2, 2), 256).param_groups
         case "scheduler":
