@@ -47,7 +47,8 @@ class Interrupts(L.Callback):
         received = self.received
         if trainer.world_size > 1:
             # The greatest number wins, so that all ranks leave with one code.
-            received = int(trainer.strategy.reduce(torch.tensor(received), reduce_op="max"))
+            flag = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(flag, reduce_op="max"))
         if not received:
             return
         self.save.last(trainer)
@@ -67,7 +68,8 @@ class Interrupts(L.Callback):
     def restore(self) -> None:
         """Give the signals back."""
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # None stands for a handler that is not Python's.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""
