@@ -64,18 +64,21 @@ class Pretraining(L.LightningModule):
         if (self.trainer.max_epochs != -1 or self.trainer.max_steps != -1) and self.total_steps == math.inf:
             self.total_steps = float(self.trainer.estimated_stepping_batches)
 
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What the draws of this batch are a function of: seed, batch counter, rank."""
+        return self.seed, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready, self.global_rank
+
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Both views of uint8 ``[N, C, H, W]``, drawn from (seed, batch counter, rank)."""
-        counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        view_a, view_b = self.augment(pixels, key=(self.seed, counter, self.global_rank))
+        view_a, view_b = self.augment(pixels, key=self.key)
         return view_a.to(memory_format=self.layout), view_b.to(memory_format=self.layout)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Two views, one loss."""
         self.filling = self.filling or not self.method.ready
         view_a, view_b = self.views(batch.pixels)
-        counter = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        torch.manual_seed(mixed((self.seed, counter, self.global_rank, 1)))  # of dropout, so that a resumed run goes on
+        torch.manual_seed(mixed((*self.key, 1)))  # of dropout, so that a resumed run goes on
         self.step = self.method(view_a, view_b, batch.ids, batch.labels)
         return self.step.loss
 

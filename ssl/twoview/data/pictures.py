@@ -1,5 +1,6 @@
 """Pictures decoded when they are asked for, whatever they lie in; how they are checked, split, and kept if they fit."""
 
+import copy
 import logging
 import os
 from collections import Counter
@@ -48,7 +49,6 @@ class Pictures(Dataset[Batch]):
         channels: C of the images.
         positions: int64 ``[N]``, where each image lies in ``source``; None for all in order.
         num_workers: loader processes.
-        known_moments: float64 ``[N, 2, C]``, mean and mean square of each picture's channels, if they are known.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Pictures(Dataset[Batch]):
         channels: int,
         positions: Tensor | None = None,
         num_workers: int = 0,
-        known_moments: Tensor | None = None,
     ) -> None:
         self.source, self.labels, self.size, self.channels = source, labels, size, channels
         self.positions = torch.arange(len(source)) if positions is None else positions
-        self.num_workers, self.known_moments = num_workers, known_moments
+        self.num_workers = num_workers
+        self.known_moments: Tensor | None = None  # of each picture, once all have been read
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -74,15 +74,10 @@ class Pictures(Dataset[Batch]):
 
     def subset(self, positions: Tensor) -> "Pictures":
         """The pictures at some positions."""
-        return Pictures(
-            self.source,
-            self.labels[positions],
-            self.size,
-            self.channels,
-            self.positions[positions],
-            self.num_workers,
-            None if self.known_moments is None else self.known_moments[positions],
-        )
+        part = self.with_labels(self.labels[positions])
+        part.positions = self.positions[positions]
+        part.known_moments = None if self.known_moments is None else self.known_moments[positions]
+        return part
 
     @property
     def blocks(self) -> Tensor | None:
@@ -92,9 +87,9 @@ class Pictures(Dataset[Batch]):
 
     def with_labels(self, labels: Tensor) -> "Pictures":
         """The same pictures with other labels."""
-        return Pictures(
-            self.source, labels, self.size, self.channels, self.positions, self.num_workers, self.known_moments
-        )
+        same = copy.copy(self)
+        same.labels = labels
+        return same
 
     def moments(self) -> Tensor:
         """float64 ``[N, 2, C]``, mean and mean square of each picture's channels on the scale [0, 1]."""
@@ -116,7 +111,7 @@ class Pictures(Dataset[Batch]):
 
 
 class _Read(NamedTuple):
-    """What a worker says of one chunk; pixels and moments are of the readable pictures alone.
+    """What a worker says of one chunk; pixels, or else moments, are of the readable pictures alone.
 
     Arrays, because a tensor would hold an open file of shared memory for as long as it is kept.
     """
@@ -152,8 +147,10 @@ class _Scan(Dataset[_Read]):
                 shapes[shape] += 1
                 kinds["packed" if isinstance(item, bytes) else Path(item).suffix.lower()] += 1
         stacked = torch.stack(pixels) if pixels else torch.zeros(0, p.channels, p.size, p.size, dtype=torch.uint8)
-        kept = stacked.numpy() if self.keep else np.zeros((0, *stacked.shape[1:]), dtype=np.uint8)
-        return _Read(kept, moments(stacked).numpy(), np.array(good, dtype=np.int64), broken, kinds, shapes)
+        # Either the pixels, whose statistics can be taken later, or the statistics.
+        none = stacked.new_zeros(0, *stacked.shape[1:])
+        kept, seen = (stacked, none) if self.keep else (none, stacked)
+        return _Read(kept.numpy(), moments(seen).numpy(), np.array(good, dtype=np.int64), broken, kinds, shapes)
 
 
 class Split(NamedTuple):

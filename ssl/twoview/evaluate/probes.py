@@ -161,13 +161,15 @@ def fit_linear(
         optimizer.zero_grad()
         total: Tensor = (0.5 * penalties[:, None, None] * (unit * weights).square()).sum()
         total.backward()
+        # One product for all penalties; its gradient is summed over the parts before it is taken further back.
+        joined = (directions @ (unit * weights)).transpose(0, 1).flatten(1)
+        matrix = joined.detach().requires_grad_()
         for x, y in zip(standard.split(rows), labels.split(rows), strict=True):
-            # One product for all penalties.
-            joined = (directions @ (unit * weights)).transpose(0, 1).flatten(1)
-            scores = (x @ joined).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
+            scores = (x @ matrix).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
             part = F.cross_entropy(scores.flatten(0, 1), y.repeat_interleave(len(l2)), reduction="sum") / n
             part.backward()
             total = total.detach() + part.detach()
+        joined.backward(matrix.grad)
         return total
 
     optimizer.step(loss)

@@ -12,6 +12,7 @@ from twoview.errors import UserError
 from twoview.losses import VARIANTS
 from twoview.methods.groups import in_groups
 from twoview.metrics import in_batch_logs
+from twoview.negatives import NegativeQueue
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Method(nn.Module):
     """A backbone ``[N, C, H, W] -> [N, F]`` and a head ``[N, F] -> [N, D]``, and how their loss is made.
 
     ``forward`` changes no state; it moves in ``after_update`` (once an optimiser step) and ``after_batch``
-    (once a batch). Losses see the embeddings of all ranks.
+    (once a batch). Losses see the embeddings of all ranks. A method with a :class:`twoview.negatives.NegativeQueue`
+    calls it ``queue``.
 
     Args:
         backbone: the network.
@@ -51,6 +53,7 @@ class Method(nn.Module):
         UserError: any other ``bn``, or fewer than two groups.
     """
 
+    queue: NegativeQueue
     bn_choices: tuple[str, ...] = ("plain", "split", "sync")
 
     def __init__(self, backbone: nn.Module, head: nn.Module, bn: str = "plain", bn_groups: int = 2) -> None:
@@ -68,7 +71,8 @@ class Method(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether a batch may change the weights; not before a queue holds its first keys."""
-        return True
+        queue = getattr(self, "queue", None)
+        return queue is None or len(queue) > 0
 
     def synced(self, module: nn.Module) -> nn.Module:
         """The module with BatchNorm over all ranks, if that was asked for."""
@@ -104,7 +108,9 @@ class Method(nn.Module):
         """Called once an optimiser step; ``progress`` is the share of the run that is done, in [0, 1]."""
 
     def after_batch(self, step: Step) -> None:
-        """Called once a batch, after its optimiser step if it had one."""
+        """Called once a batch, after its optimiser step if it had one: the keys of all ranks go into the queue."""
+        if step.keys is not None:
+            self.queue.push(*gathered(*step.keys))
 
 
 def in_batch_step(loss: Tensor, features: Tensor, z_a: Tensor, z_b: Tensor, chance: float) -> Step:

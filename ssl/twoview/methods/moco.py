@@ -55,11 +55,6 @@ class MoCo(Method):
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         self.queue = NegativeQueue(queue_size, output_width(head))
 
-    @property
-    def ready(self) -> bool:
-        """Once the queue holds its first batch."""
-        return len(self.queue) > 0
-
     def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Algorithm 1 of v1; ``ids`` are needed. See :meth:`Method.forward`."""
         if ids is None:
@@ -85,11 +80,6 @@ class MoCo(Method):
     def after_update(self, progress: float) -> None:
         """The key encoder follows."""
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))
-
-    def after_batch(self, step: Step) -> None:
-        """The keys of all ranks go into the queue."""
-        if step.keys is not None:
-            self.queue.push(*gathered(*step.keys))
 
     def _loss(self, q: Tensor, k: Tensor, queue: Tensor, same: Tensor) -> Tensor:
         if self.variant == "dclw" and len(queue):  # its weights are of the whole batch

@@ -41,11 +41,6 @@ class NNCLR(Method):
         self.predictor = self.synced(predictor(output_width(head)))
         self.queue = NegativeQueue(queue_size, output_width(head))
 
-    @property
-    def ready(self) -> bool:
-        """Once the support set holds its first batch."""
-        return len(self.queue) > 0
-
     def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Eq. 3 of the paper, both ways; see :meth:`Method.forward`."""
         features, views = self.embed(view_a, view_b)
@@ -58,11 +53,6 @@ class NNCLR(Method):
         ids = torch.full((len(view_a),), -1, device=view_a.device) if ids is None else ids
         step.keys = (views[0].detach(), ids)
         return step
-
-    def after_batch(self, step: Step) -> None:
-        """The first views' embeddings of all ranks go into the support set."""
-        if step.keys is not None:
-            self.queue.push(*gathered(*step.keys))
 
     @torch.no_grad()
     def _nearest(self, z: Tensor) -> Tensor:
