@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import re
 import shutil
@@ -18,17 +19,18 @@ from lightning.pytorch.loggers import CSVLogger
 from twoview import runs
 from twoview.checkpoints import newest, read_checkpoint
 from twoview.errors import Interrupted, UserError
+from twoview.evaluate import Protocol
 from twoview.heads import projection_head
 from twoview.methods import MoCo, MoCoV3, SimCLR
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
     "simclr": partial(SimCLR, temperature=0.2),
-    "moco": partial(MoCo, queue_size=600, momentum=0.9),
+    "moco": partial(MoCo, queue_size=300, momentum=0.9),
     "moco_v3": partial(MoCoV3, predictor=partial(projection_head, hidden_dim=32, out_dim=32, last_bn=False)),
 }
 # Five batches an epoch; a kNN check, and so a checkpoint, after every second epoch.
-TRAINING = runs.Training(max_epochs=4, accelerator="cpu", precision="32-true", log_every=1, check_every=2)
+TRAINING = runs.Training(max_epochs=3, accelerator="cpu", precision="32-true", log_every=1, check_every=2)
 
 
 class Asks(CSVLogger):
@@ -46,7 +48,8 @@ class Asks(CSVLogger):
 
 
 def data(workers=0):
-    images = short_data(batch_size=256)
+    images = short_data(batch_size=128)
+    images.pretrain = images.pretrain.subset(torch.arange(650))
     images.pretrain.num_workers = workers
     return images
 
@@ -99,6 +102,16 @@ def whole(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def stopped_twice(tmp_path_factory):
+    """Folder of a run with a last checkpoint and one before."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for after in (3, 7):
+        with pytest.raises(Interrupted):
+            go(folder, "moco", after, resume=True)
+    return folder
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("after", "workers", "accumulate"),
@@ -149,15 +162,15 @@ def test_resuming_where_nothing_was_saved_begins_anew(tmp_path, whole):
 
 def test_a_finished_run_goes_on_with_more_epochs_only(tmp_path, whole):
     shutil.copytree(whole("simclr"), tmp_path, dirs_exist_ok=True)
-    with pytest.raises(UserError, match="this run is finished, after 20 steps; raise trainer.max_epochs"):
+    with pytest.raises(UserError, match="this run is finished, after 15 steps; raise trainer.max_epochs"):
         go(tmp_path, "simclr", resume=True)
-    report = go(tmp_path, "simclr", resume=True, training=replace(TRAINING, max_epochs=5))
-    assert report["training"]["steps"] == 25
+    report = go(tmp_path, "simclr", resume=True, training=replace(TRAINING, max_epochs=4))
+    assert report["training"]["steps"] == 20
 
 
 def test_what_would_not_be_exact_is_refused_in_one_sentence(tmp_path, whole):
     shutil.copytree(whole("simclr"), tmp_path, dirs_exist_ok=True)
-    longer = replace(TRAINING, max_epochs=5)
+    longer = replace(TRAINING, max_epochs=4)
     other = data()
     other.pretrain.pixels[0] = 0
     threads = torch.get_num_threads()
@@ -174,15 +187,12 @@ def test_what_would_not_be_exact_is_refused_in_one_sentence(tmp_path, whole):
     with pytest.raises(UserError, match="its networks are other ones"):
         go(tmp_path, "moco", resume=True, training=longer)
     report = go(tmp_path, "simclr", resume=True, training=longer, seed=1, exact=False)
-    assert report["training"]["steps"] == 25
+    assert report["training"]["steps"] == 20
 
 
 @pytest.mark.parametrize("keep", [0, 1, 1000, -1])
-def test_a_truncated_checkpoint_is_said_and_the_one_before_is_used(tmp_path, whole, keep, caplog):
-    with pytest.raises(Interrupted):
-        go(tmp_path, "moco", 3)
-    with pytest.raises(Interrupted):
-        go(tmp_path, "moco", 7, resume=True)
+def test_a_truncated_checkpoint_is_said_and_the_one_before_is_used(tmp_path, whole, stopped_twice, keep, caplog):
+    shutil.copytree(stopped_twice, tmp_path, dirs_exist_ok=True)
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:keep])
     assert newest(tmp_path)["global_step"] == 5
@@ -200,7 +210,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_and_harms_nothing(tmp_pat
 ARGUMENTS = [
     "backbone.name=test_resnet",
     "data.image_size=16",
-    "trainer.max_epochs=12",
+    "trainer.max_epochs=4",
     "trainer.check_every=1",
     "trainer.log_every=1",
     "eval.baselines=false",
@@ -209,23 +219,36 @@ ARGUMENTS = [
 
 
 def start(folder, *arguments):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, f"hydra.run.dir={folder}"]
-    return subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Folders of the methods' runs, which one sweep makes: a run of its own must come to the same."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = start(folder, "-m", f"method={','.join(METHODS)}", *ARGUMENTS)
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    reports = [json.loads(file.read_text()) for file in folder.glob("sweeps/*/report.json")]
+    return {report["method"].lower().replace("v3", "_v3"): Path(report["run_dir"]) for report in reports}
 
 
 @pytest.mark.parametrize(
     ("method", "number", "code"),
     [("simclr", "SIGTERM", 143), ("moco", "SIGKILL", -9), ("moco_v3", "SIGINT", 130)],
 )
-def test_a_process_that_is_killed(tmp_path, method, number, code):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(whole, f"method={method}", *ARGUMENTS)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    process = start(killed, f"method={method}", *ARGUMENTS)
+def test_a_process_that_is_killed(tmp_path, uninterrupted, method, number, code):
+    whole, killed = uninterrupted[method], tmp_path / "killed"
+    process = start(tmp_path, f"method={method}", f"hydra.run.dir={killed}", *ARGUMENTS)
     while not (killed / "checkpoints" / "last.ckpt").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+    if method == "simclr":  # nobody else may work in its folder
+        os.kill(process.pid, signal.SIGSTOP)
+        _, err = start(tmp_path, f"resume={killed}").communicate(timeout=60)
+        assert "another process is at work in this folder" in err
+        os.kill(process.pid, signal.SIGCONT)
     process.send_signal(getattr(signal, number))
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -233,13 +256,30 @@ def test_a_process_that_is_killed(tmp_path, method, number, code):
     assert read_checkpoint(killed)["global_step"] < read_checkpoint(whole)["global_step"]
     if code > 0:
         assert "go on with resume=" in err
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), f"resume={killed}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    process = start(tmp_path, f"resume={killed}")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
     assert_same(whole, killed)
+
+
+def test_a_run_that_was_killed_in_its_evaluation_only_repeats_that(tmp_path, whole):
+    protocol = Protocol(l2=(0.01,), k=(5,), baselines=False)
+    report = go(tmp_path, "moco", protocol=protocol)
+    assert_same(whole("moco"), tmp_path)
+    weights = (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    (tmp_path / "report.json").unlink()
+    again = go(tmp_path, "moco", protocol=protocol, resume=True, identity="one")
+    assert again["results"] == report["results"]
+    assert again["training"]["images_seen"] == report["training"]["images_seen"]
+    assert (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns == weights
+    # Now it is finished: the same report is given back, unless data or configuration are others, or it is asked for.
+    written = (tmp_path / "report.json").stat().st_mtime_ns
+    assert go(tmp_path, "moco", protocol=protocol, identity="one") == again
+    assert (tmp_path / "report.json").stat().st_mtime_ns == written
+    other = data()
+    other.test.pixels[0] = 0
+    with pytest.raises(UserError, match=r"data was \w+, is \w+.*rerun=true"):
+        go(tmp_path, "moco", protocol=protocol, identity="one", resume=True, data=other)
+    anew = go(tmp_path, "moco", protocol=protocol, identity="one", resume=True, data=other, rerun=True)
+    assert anew["data_fingerprint"] != again["data_fingerprint"]
+    assert_same(whole("moco"), tmp_path)

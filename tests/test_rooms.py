@@ -14,8 +14,8 @@ PACKAGE = ROOT / "ssl" / "twoview"
 ARITHMETIC = {"losses", "schedules", "metrics"}
 PARTS = {"backbones", "heads", "augment", "momentum", "negatives", "distributed", "optim", "data"}
 METHODS = {"methods"}
-RUNS = {"pretrain", "evaluate", "interrupts", "monitors", "checkpoints", "runs"}
-EDGE = {"cli"}
+RUNS = {"pretrain", "evaluate", "interrupts", "monitors", "checkpoints", "runs", "sweeps"}
+EDGE = {"cli", "__main__"}
 ANYWHERE = {"errors", "__init__"}
 STANDARD = set(sys.stdlib_module_names)
 
@@ -37,9 +37,10 @@ ALLOWED = {
     **dict.fromkeys(
         RUNS, ({"torch", "lightning", "sklearn", "numpy", "PIL", "rich"}, ARITHMETIC | PARTS | METHODS | RUNS)
     ),
-    "cli": ({"hydra", "omegaconf", "rich"}, {"runs"}),
+    "cli": ({"hydra", "omegaconf", "rich", "torch"}, {"runs", "sweeps"}),
+    "__main__": (set(), {"cli"}),
     "errors": (set(), set()),
-    "__init__": (set(), {"checkpoints"}),
+    "__init__": (set(), {"checkpoints", "momentum", "negatives"}),
 }
 # How pictures come out of files; the way of a batch begins behind them, at data/images.py.
 FORMATS = {"decode", "folder", "named", "pictures", "shards"}

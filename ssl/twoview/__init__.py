@@ -8,7 +8,7 @@ try:
 except PackageNotFoundError:  # run from a clone without installation
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "load"]
+__all__ = ["MomentumCopy", "NegativeQueue", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +17,12 @@ def __getattr__(name: str) -> Any:
         from twoview.checkpoints import load
 
         return load
+    if name == "MomentumCopy":
+        from twoview.momentum import MomentumCopy
+
+        return MomentumCopy
+    if name == "NegativeQueue":
+        from twoview.negatives import NegativeQueue
+
+        return NegativeQueue
     raise AttributeError(f"module 'twoview' has no attribute {name!r}")

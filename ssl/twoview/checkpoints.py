@@ -78,16 +78,26 @@ class SaveCheckpoints(L.Callback):
         """Save after a check of the features; a greater score is better, None is no score."""
         if score is not None and score > self.best:
             self.best = score
-            trainer.save_checkpoint(self.folder / BEST)
+            self._save(trainer, BEST)
         self.last(trainer)
 
     def last(self, trainer: L.Trainer) -> None:
         """Save the state of this moment."""
-        trainer.save_checkpoint(self.folder / LAST)
+        self._save(trainer, LAST)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run."""
         self.last(trainer)
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        path = self.folder / name
+        if not all(weight.isfinite().all() for weight in trainer.lightning_module.parameters()):
+            raise UserError(
+                f"after step {trainer.global_step} the weights are not finite: training has diverged; lower "
+                f"optimizer.lr or set trainer.clip=1; {path} is not written"
+                + (f", {self.folder / LAST} is the last good checkpoint" if (self.folder / LAST).exists() else "")
+            )
+        trainer.save_checkpoint(path)
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:

@@ -1,13 +1,18 @@
 """The command line, and the only place that knows Hydra: composition, mistakes in one sentence, the final table."""
 
 import difflib
+import hashlib
+import json
 import logging
 import math
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from twoview import sweeps
 from twoview.errors import Interrupted, UserError
 
 log = logging.getLogger(__name__)
@@ -35,51 +41,128 @@ _PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels", "eval.k
 # Knobs whose null means something although they have a value by default.
 _MAY_BE_NULL = ("trainer.max_epochs", "trainer.max_time", "select_by")
 
-_mistakes: list[str] = []
+# Launchers and sweepers that are plugins of Hydra, and the extras that bring them.
+_PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "optuna": "optuna"}
+
+# The plugin would look for the worst, and for another set of trials each time, so that finished ones are not found.
+_OPTUNA = ("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0")
+
+_mistakes: list[str] = []  # of the one run that is no sweep
 
 
 def main() -> None:
     """Run the command line; exits with 2 for a mistake of the user's, with 1 if a run of a sweep failed."""
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
     overrides = [quoted(a) for a in sys.argv[1:] if not a.startswith("-")]
-    sweep = any(flag in ("-m", "--multirun") for flag in flags)
+    sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in sys.argv[1:])
     try:
-        overrides = _resumed(overrides)
+        overrides = _resumed(overrides, sweep)
         # Other flags ask Hydra for something else than a run: help, the configuration, shell completion.
         if sweep or not flags:
-            sys.argv[1:] = [*flags, *check_overrides(overrides, sweep)]
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
-        if _mistakes and not sweep:
+            sys.argv[1:] = [*flags, *check_overrides(overrides, sweep), *_common_folder(overrides, sweep)]
+        if "hydra/sweeper=optuna" in overrides:
+            given = {o.partition("=")[0] for o in overrides}
+            sys.argv += [o for o in _OPTUNA if not {o.partition("=")[0], "hydra/sweeper/sampler"} & given]
+        if sweep:
+            root = next(
+                (o.partition("=")[2].strip("'") for o in overrides if o.startswith("hydra.sweep.dir=")), "sweeps"
+            )
+            folder = Path(root).resolve() / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+            os.environ[sweeps.VARIABLE] = str(folder)
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+        finally:
+            failed = sweep and folder.is_dir() and sweeps.summarize(folder)
+        if _mistakes:
             raise UserError(_mistakes[0])
     except UserError as error:
         print(f"twoview: {error}", file=sys.stderr)
         sys.exit(2)
-    if _mistakes:
-        print(f"twoview: {len(_mistakes)} runs of the sweep failed:", *_mistakes, sep="\n  ", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("twoview: stopped", file=sys.stderr)
+        sys.exit(130)
+    if failed:
         sys.exit(1)
 
 
 def _job(cfg: DictConfig) -> float | None:
     """One run; what it returns is what a sweeper optimises."""
+    job, name, figure, mistake = HydraConfig.get(), cfg.get("select_by"), None, None
+    sweep = job.mode == RunMode.MULTIRUN
     try:
-        return _run(cfg)
+        report = _ranks() if sweep and cfg.get("trainer", {}).get("devices", 1) > 1 else _run(cfg, sweep)
+        figures = report.get("figures", {})
+        name = name or next(iter(figures), None)
+        figure = figures.get(name)
+        figure = figure if figure is not None and math.isfinite(figure) else None
     except Interrupted as stop:
         print(f"twoview: {stop}", file=sys.stderr)
-        raise SystemExit(stop.code) from None  # a sweep ends here too
+        # A sweep ends here too. A rank that Lightning started must not fail: rank 0 would be killed for it.
+        started = int(os.environ.get("LOCAL_RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+        raise SystemExit(0 if started else stop.code) from None
     except Exception as error:
         mistake = next((str(e) for e in _causes(error) if isinstance(e, UserError)), None)
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         if os.environ.get("HYDRA_FULL_ERROR") or (mistake is None and not sweep):
             raise
         if sweep:  # the other runs go on
-            words = " ".join(HydraConfig.get().overrides.task)
-            log.error("%s: %s", words, mistake or "failed", exc_info=mistake is None)
-            mistake = f"{words}: {mistake or f'{type(error).__name__}: {error}'}"
-        _mistakes.append(str(mistake))
-        return None
+            log.error("%s: %s", " ".join(job.overrides.task), mistake or "failed", exc_info=mistake is None)
+            mistake = mistake or f"{type(error).__name__}: {error}"
+        else:
+            _mistakes.append(str(mistake))
+    if sweep:
+        folder = os.path.relpath(job.runtime.output_dir)
+        sweeps.record(job.job.num, job.overrides.task, folder, str(name), figure, mistake)
+    return figure
 
 
-def _run(cfg: DictConfig) -> float | None:
+def _ranks() -> Mapping[str, Any]:
+    """A run of several processes inside a sweep, as a command of its own: its ranks would replay the sweep."""
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    given = [*job.overrides.task, quoted(f"resume.run={folder}"), quoted(f"hydra.run.dir={folder}")]
+    process = subprocess.Popen([sys.executable, "-m", "twoview", *given], stderr=subprocess.PIPE, text=True)
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        process.terminate()  # whatever was asked of us: Ctrl-C reaches the ranks too, and twice would be too often
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        words = process.communicate()[1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    print(words, end="", file=sys.stderr)
+    if asked or process.returncode in (130, 143):
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 + asked[0])
+    if process.returncode != 0:
+        said = [line.removeprefix("twoview: ") for line in words.splitlines() if line.startswith("twoview: ")]
+        raise UserError(
+            said[-1] if said else f"its processes ended with code {process.returncode}; see {folder}/run.log"
+        )
+    report: Mapping[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def _common_folder(overrides: list[str], sweep: bool) -> list[str]:
+    """Under torchrun every rank reads the clock for itself, so rank 0's folder is handed to the others."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return []
+    if sweep:
+        raise UserError("-m: a sweep starts its processes itself; leave torchrun out and give trainer.devices=N")
+    if any(o.startswith("hydra.run.dir=") for o in overrides):
+        return []
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"twoview/folder/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["RANK"] == "0":
+        store.set(key, f"{datetime.now():runs/%Y-%m-%d/%H-%M-%S-%f}")
+    return [f"hydra.run.dir={store.get(key).decode()}"]
+
+
+def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
     from twoview.runs import SELECTABLE  # only now: a mistyped knob should not wait for torch
 
     select_by = cfg.get("select_by")
@@ -87,17 +170,17 @@ def _run(cfg: DictConfig) -> float | None:
         raise UserError(f"select_by={select_by}: choose one of {', '.join(SELECTABLE)}")
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.get("trainer", {}).get("devices", 1) > 1:
-        raise UserError(
-            f"trainer.devices={cfg.trainer.devices}: a sweep (-m) has one process a run; start the runs one by one, or "
-            "leave trainer.devices out"
-        )
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "task"])
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    if rank == "0":
         folder = Path(HydraConfig.get().runtime.output_dir)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(plain, resolve=True))
-    else:  # one process of several speaks
-        logging.getLogger("twoview").setLevel(logging.ERROR)
+    else:  # one process of several speaks; the others write to run.log
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+            else:
+                handler.setLevel(logging.ERROR)
     parts = {}
     for name, node in cfg.task.items():
         if not name.startswith("_"):
@@ -108,20 +191,23 @@ def _run(cfg: DictConfig) -> float | None:
                     raise
                 # A part that cannot be built of the knobs it was given, or an extra that is not installed.
                 raise UserError(f"{name}: {str(error.__cause__ or error).splitlines()[0]}") from error
+    if sweep and "resume" in parts:
+        parts["resume"] = True  # a sweep that is started again goes on
     result = hydra.utils.get_method(cfg.task._target_)(**parts)
-    if not isinstance(result, Mapping) or not result:
-        return None
+    if not isinstance(result, Mapping):
+        return {}
     if "results" in result:
         _print_table(result)
-    value = result.get("figures", {}).get(select_by)
-    return float(value) if value is not None and math.isfinite(value) else None
+    return result
 
 
-def _resumed(overrides: list[str]) -> list[str]:
+def _resumed(overrides: list[str], sweep: bool) -> list[str]:
     """With ``resume=RUN_DIR``, the overrides of that run under the given ones, in its folder."""
     where = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("resume=")), None)
     if where is None:
         return overrides
+    if sweep:
+        raise UserError(f"resume={where}: a sweep (-m) that is started again goes on by itself; leave it out")
     given = [o for o in overrides if not o.startswith("resume=")]
     if where == "auto":
         folder = _newest_unfinished(given)
@@ -150,8 +236,17 @@ def _newest_unfinished(overrides: list[str]) -> Path | None:
 
 def _plain(cfg: Any) -> Any:
     """What makes a run what it is: not its folder, nor what it goes on from."""
-    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("task", "logger", "resume")])
+    apart = ("task", "logger", "resume", "rerun", "hydra")
+    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in apart])
     return OmegaConf.to_container(kept, resolve=True)
+
+
+def _config_hash(*, _root_: Any) -> str:
+    return hashlib.blake2b(json.dumps(_plain(_root_), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+# At import, so that every process has it which is handed a job.
+OmegaConf.register_new_resolver("config_hash", _config_hash, replace=True)
 
 
 def _print_table(report: Mapping[str, Any]) -> None:
@@ -254,6 +349,9 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
 def _check_choices(groups: list[Override]) -> None:
     for override in groups:
         group, choice, choices = override.key_or_group, override.value(), _choices(override.key_or_group)
+        extra = _PLUGINS.get(str(choice)) if group.startswith("hydra/") and choice not in choices else None
+        if extra:
+            raise UserError(f'{group}={choice}: is not installed; pip install "twoview[{extra}]"')
         if choice is not None and choice not in choices:
             raise UserError(
                 f"{group}={choice}: there is no {group} {str(choice)!r}; {_nearest(str(choice), choices)}"

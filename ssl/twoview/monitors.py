@@ -15,7 +15,6 @@ from torch import Tensor
 from twoview import metrics
 from twoview.checkpoints import SaveCheckpoints
 from twoview.data import Batch, Images, Preprocess
-from twoview.errors import UserError
 from twoview.evaluate import extract
 from twoview.pretrain import Pretraining
 
@@ -71,17 +70,11 @@ class Watch(L.Callback):
         self.batches += 1
         if trainer.global_step % self.every == 0 and pl_module.step is not None:
             step = pl_module.step
-            loss = float(step.loss.detach())
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {trainer.global_step}: training has diverged; lower optimizer.lr "
-                    f"(it was {trainer.optimizers[0].param_groups[0]['lr']:g}), or set trainer.clip=1"
-                )
             z_a, z_b = (z[:1024] for z in step.embeddings)
             now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
             seconds = now - self.logged_at
             figures = {
-                "loss": loss,
+                "loss": float(step.loss.detach()),
                 **{name: float(value) for name, value in step.logs.items()},
                 "alignment": metrics.alignment(z_a, z_b),
                 "uniformity": metrics.uniformity(z_a),

@@ -1,7 +1,10 @@
 """The Lightning shell around a method: augmentation, optimiser, schedule, precision."""
 
+import json
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,9 +15,12 @@ from torch.optim import Optimizer
 from twoview.augment import TwoViews, mixed
 from twoview.backbones import is_depthwise
 from twoview.data import Batch
+from twoview.distributed import gather
 from twoview.errors import UserError
 from twoview.methods import Method, Step
 from twoview.optim import Optimization
+
+log = logging.getLogger(__name__)
 
 
 class Pretraining(L.LightningModule):
@@ -29,6 +35,7 @@ class Pretraining(L.LightningModule):
         seed: of image order and augmentation.
         card: plain values that travel in the checkpoint, see :func:`twoview.load`.
         channels_last: memory layout of images and kernels.
+        skip_nonfinite: greatest number of batches that are left out because their loss is not finite.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class Pretraining(L.LightningModule):
         seed: int = 0,
         card: dict[str, Any] | None = None,
         channels_last: bool = True,
+        skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -51,8 +59,9 @@ class Pretraining(L.LightningModule):
         self.total_steps: float = math.inf  # known from the start, or once trainer.max_time has been turned into steps
         self.length_kept = False  # whether it came from the checkpoint of a run that was stopped
         self.at_rest: Callable[[L.Trainer], None] | None = None  # called when a batch has left all its traces
+        self.skip_nonfinite, self.skipped = skip_nonfinite, 0
         self.batches_without_step = 0
-        self.filling = False  # whether a batch of this step found no negatives
+        self.no_update = False  # whether a batch of this step found no negatives, or was left out
         self.step: Step | None = None
 
     def configure_optimizers(self) -> Optimizer:
@@ -60,7 +69,11 @@ class Pretraining(L.LightningModule):
         return self.optimization.build(self.method, self.global_batch)
 
     def on_fit_start(self) -> None:
-        """Learn the length of the run, where epochs or steps give it."""
+        """Learn the length of the run, where epochs or steps give it; all ranks must be doing the same."""
+        if self.trainer.strategy.broadcast(self.card) != self.card:
+            raise UserError(
+                f"rank {self.global_rank} has another configuration, data or software than rank 0; make them equal"
+            )
         if (self.trainer.max_epochs != -1 or self.trainer.max_steps != -1) and self.total_steps == math.inf:
             self.total_steps = float(self.trainer.estimated_stepping_batches)
 
@@ -76,11 +89,41 @@ class Pretraining(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Two views, one loss."""
-        self.filling = self.filling or not self.method.ready
+        self.no_update = self.no_update or not self.method.ready
         view_a, view_b = self.views(batch.pixels)
         torch.manual_seed(mixed((*self.key, 1)))  # of dropout, so that a resumed run goes on
+        # Statistics of BatchNorm, to go back to; a queue changes between batches only.
+        state = [(b, b.clone()) for n, b in self.method.named_buffers() if self.skip_nonfinite and n[:6] != "queue."]
         self.step = self.method(view_a, view_b, batch.ids, batch.labels)
-        return self.step.loss
+        loss = self.step.loss
+        if self.trainer.strategy.reduce_boolean_decision(bool(loss.detach().isfinite())):
+            return loss
+        self._not_finite(float(loss.detach()), batch)
+        for buffer, before in state:
+            buffer.copy_(before)
+        self.step, self.no_update = None, True
+        # For the backward of all ranks.
+        return 0.0 * torch.stack([p.sum() for p in self.method.parameters() if p.requires_grad]).sum()
+
+    def _not_finite(self, loss: float, batch: Batch) -> None:
+        folder, step = Path(self.trainer.default_root_dir), self.global_step
+        images = gather(batch.ids).tolist()
+        self.skipped += 1
+        file = folder / "nonfinite.jsonl"
+        if self.global_rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as lines:
+                lines.write(json.dumps({"step": step, "loss": str(loss), "images": images}) + "\n")
+        where = f"at step {step} the loss is {loss} (images {', '.join(map(str, images[:4]))}, ...: all in {file})"
+        if self.skipped <= self.skip_nonfinite:
+            log.warning("%s; the batch is left out, %d of %d", where, self.skipped, self.skip_nonfinite)
+            return
+        good = folder / "checkpoints" / "last.ckpt"
+        raise UserError(
+            f"{where}: training has diverged; lower optimizer.lr (it was {self.optimizers().param_groups[0]['lr']:g}), "  # type: ignore[union-attr]
+            "set trainer.clip=1, or leave such batches out with trainer.skip_nonfinite=N; "
+            + (f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been written")
+        )
 
     def optimizer_step(
         self,
@@ -94,15 +137,15 @@ class Pretraining(L.LightningModule):
         factor = self.schedule(self.global_step / steps_per_epoch, self.total_steps / steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        if self.filling or not self.method.ready:
+        assert optimizer_closure is not None
+        loss = optimizer_closure()
+        if self.no_update or not self.method.ready:
             # A first batch fills the queue. With gradients of zero, weight decay alone would move the weights.
-            assert optimizer_closure is not None
-            optimizer_closure()
             optimizer.zero_grad()
-            self.filling = False
+            self.no_update = False
             self.batches_without_step += 1
             return
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
         self.method.after_update((self.global_step + 1) / self.total_steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -115,13 +158,13 @@ class Pretraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything that :func:`twoview.load` needs, as plain values."""
-        lengths = {"total_steps": self.total_steps, "batches_without_step": self.batches_without_step}
-        checkpoint["twoview"] = {**self.card, **lengths}
+        kept = {"total_steps": self.total_steps, "batches_without_step": self.batches_without_step}
+        checkpoint["twoview"] = {**self.card, **kept, "skipped": self.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the length of the run that was fixed before, unless another one was asked for."""
         card = checkpoint["twoview"]
-        self.batches_without_step = card["batches_without_step"]
+        self.batches_without_step, self.skipped = card["batches_without_step"], card["skipped"]
         self.length_kept = card["length"] == self.card.get("length")
         if self.length_kept:
             self.total_steps = card["total_steps"]

@@ -1,5 +1,6 @@
 """What a user does with twoview, as plain typed functions: pretrain, judge, preview. No configuration system here."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +60,8 @@ class Training:
         precision: "auto", "32-true", "bf16-mixed" or "16-mixed"; see :func:`twoview.pretrain.choose_precision`.
         accumulate: batches in one optimiser step; adds no negatives.
         clip: greatest norm of the gradient, None for no limit.
+        skip_nonfinite: greatest number of batches that are left out because their loss is not finite; one more ends
+            the run.
         log_every: steps between logged figures.
         check_every: epochs between kNN checks of the features, 0 for none.
 
@@ -74,6 +77,7 @@ class Training:
     precision: str = "auto"
     accumulate: int = 1
     clip: float | None = None
+    skip_nonfinite: int = 0
     log_every: int = 10
     check_every: int = 10
 
@@ -91,6 +95,7 @@ class Training:
             ("max_steps", 1),
             ("devices", 1),
             ("accumulate", 1),
+            ("skip_nonfinite", 0),
             ("log_every", 1),
             ("check_every", 0),
         ):
@@ -133,6 +138,8 @@ def pretrain(
     run_dir: str | Path = "run",
     resume: object = False,
     exact: bool = True,
+    identity: str | None = None,
+    rerun: bool = False,
 ) -> dict[str, Any]:
     """Pretrain a backbone without labels, then judge its features.
 
@@ -156,6 +163,9 @@ def pretrain(
         resume: anything true to go on from the last checkpoint in ``run_dir``, if there is one.
         exact: refuse to go on where the result could differ: other data, seed, batch size, number of processes or
             threads, precision, device or torch.
+        identity: anything that says what all the arguments are. A report in ``run_dir`` of the same identity, data and
+            version of twoview is then returned as it is, and a run that was stopped during its evaluation repeats that.
+        rerun: begin anew in any case; what ``run_dir`` holds of an earlier run is overwritten.
 
     Returns:
         The report, as written to ``report.json``; of several processes, the first one's alone, the others' are empty.
@@ -203,7 +213,9 @@ def pretrain(
         "length": {knob: getattr(training, knob) for knob in ("max_epochs", "max_time", "max_steps")},
     }
     global_batch = images.batch_size * training.accumulate
-    module = Pretraining(built, views, optimization, schedule, global_batch, seed, card)
+    module = Pretraining(
+        built, views, optimization, schedule, global_batch, seed, card, skip_nonfinite=training.skip_nonfinite
+    )
     preprocess = Preprocess(images.image_size, mean, std, images.pretrain.size)
     save = SaveCheckpoints(run_dir / "checkpoints")
     fit, held = torch.arange(len(images.pretrain)), None
@@ -218,6 +230,11 @@ def pretrain(
     callbacks: list[L.Callback] = [Watch(training.log_every), check, save, interrupts, Bar()]
     trainer = _trainer(training, network, callbacks, loggers, run_dir)
     device = trainer.strategy.root_device
+    if images.batch_size % trainer.world_size:
+        raise UserError(
+            f"data.batch_size={images.batch_size}: cannot be divided among {trainer.world_size} processes; choose a "
+            "multiple of their number"
+        )
     if built.bn == "sync" and device.type != "cuda":
         raise UserError(f"method.bn=sync: needs a GPU, not {device.type}; choose plain or split")
     card["conditions"] = {
@@ -231,74 +248,85 @@ def pretrain(
         "data": images.fingerprint,
         "torch": str(torch.__version__),
     }
-    stopped = newest(run_dir) if resume else None
-    if stopped is not None:
-        _check_resume(stopped, module, run_dir, exact)
-        _keep_rows(trainer.loggers, stopped["global_step"])
-        log.info("going on after step %d of %s", stopped["global_step"], stopped["path"])
-    if images.broken and trainer.is_global_zero:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lines = "".join(f"{name}\t{reason}\n" for name, reason in images.broken)
-        (run_dir / "broken.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
-        log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
-    optimizer = optimization.build(built, global_batch)  # as the Trainer will build it
-    for line in describe_groups(optimizer):
-        log.info("%s", line)
-    log.info(
-        "%s on %s: %s images, %s, batch %d, %s, %s",
-        card["method"],
-        images.name,
-        f"{len(images.pretrain):,}",
-        backbone["name"],
-        images.batch_size,
-        device,
-        trainer.precision,
-    )
-    queue = getattr(built, "queue", None)
-    if queue is not None and len(queue.keys) > len(images.pretrain):
+    card["identity"] = identity
+    finished = None if rerun or identity is None else _finished(run_dir, card)
+    if finished is not None:
+        log.info("%s: this run is finished, nothing is repeated; rerun=true would", run_dir)
+        return finished
+    with _alone(run_dir) if trainer.is_global_zero else contextlib.nullcontext():
+        stopped = newest(run_dir) if resume and not rerun else None
+        if stopped is not None:
+            _check_resume(stopped, module, run_dir, exact)
+            _keep_rows(trainer.loggers, stopped["global_step"])
+            log.info("going on after step %d of %s", stopped["global_step"], stopped["path"])
+        if images.broken and trainer.is_global_zero:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lines = "".join(f"{name}\t{reason}\n" for name, reason in images.broken)
+            (run_dir / "broken.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+            log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
+        optimizer = optimization.build(built, global_batch)  # as the Trainer will build it
+        for line in describe_groups(optimizer):
+            log.info("%s", line)
         log.info(
-            "method.queue_size=%d: larger than the data set of %d images, so it holds images several times",
-            len(queue.keys),
-            len(images.pretrain),
+            "%s on %s: %s images, %s, batch %d, %s, %s",
+            card["method"],
+            images.name,
+            f"{len(images.pretrain):,}",
+            backbone["name"],
+            images.batch_size,
+            device,
+            trainer.precision,
         )
-    start = time.perf_counter()
-    try:
-        trainer.fit(module, datamodule=images, ckpt_path=stopped["path"] if stopped else None, weights_only=True)
-    except (MemoryError, RuntimeError) as error:
-        words = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not words:
-            raise
-        raise UserError(
-            f"data.batch_size={images.batch_size}: out of memory; try a smaller data.batch_size or data.image_size, a "
-            "smaller backbone.name, or trainer.precision=bf16-mixed"
-        ) from error
-    finally:
-        if trainer.world_size > 1 and dist.is_initialized():
-            # Whoever comes after in this process is alone again.
-            dist.destroy_process_group()
-            for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                os.environ.pop(name, None)
-    seconds = time.perf_counter() - start
-    if not trainer.is_global_zero:
-        return {}  # the evaluation is one process's work
-    seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images.batch_size
-    report = _report("pretrain", card, seed, run_dir) | {
-        "training": {
-            "epochs": round(seen / len(images.pretrain), 2),
-            "steps": trainer.global_step - module.batches_without_step,
-            "images_seen": seen,
-            "batches_without_step": module.batches_without_step,
-            "seconds": round(seconds, 1),
-            "batch_size": images.batch_size,
-            "precision": str(trainer.precision),
-            "device": _device_name(device),
-            "processes": trainer.world_size,
-            "base_lr": optimizer.param_groups[0]["base_lr"],
+        queue = getattr(built, "queue", None)
+        if queue is not None and len(queue.keys) > len(images.pretrain):
+            log.info(
+                "method.queue_size=%d: larger than the data set of %d images, so it holds images several times",
+                len(queue.keys),
+                len(images.pretrain),
+            )
+        start = time.perf_counter()
+        environment, threads = dict(os.environ), torch.get_num_threads()
+        try:
+            trainer.fit(module, datamodule=images, ckpt_path=stopped["path"] if stopped else None, weights_only=True)
+        except (MemoryError, RuntimeError) as error:
+            words = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not words:
+                raise
+            raise UserError(
+                f"data.batch_size={images.batch_size}: out of memory; try a smaller data.batch_size, "
+                "data.image_size or backbone.name, or trainer.precision=bf16-mixed"
+            ) from error
+        finally:
+            if trainer.world_size > 1 and dist.is_initialized():
+                # Whoever comes after in this process is alone again, with all threads.
+                dist.destroy_process_group()
+                os.environ.clear()
+                os.environ.update(environment)
+                torch.set_num_threads(threads)
+        seconds = time.perf_counter() - start
+        if not trainer.is_global_zero:
+            return {}  # the evaluation is one process's work
+        seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images.batch_size
+        report = _report("pretrain", card, seed, run_dir) | {
+            "identity": identity,
+            "data_fingerprint": images.fingerprint,
+            "training": {
+                "epochs": round(seen / len(images.pretrain), 2),
+                "steps": trainer.global_step - module.batches_without_step,
+                "images_seen": seen,
+                "batches_not_finite": module.skipped,
+                "batches_without_step": module.batches_without_step,
+                "seconds": round(seconds, 1),
+                "batch_size": images.batch_size,
+                "precision": str(trainer.precision),
+                "device": _device_name(device),
+                "processes": trainer.world_size,
+                "base_lr": optimizer.param_groups[0]["base_lr"],
+            },
         }
-    }
-    if protocol is not None and images.train is not None:
-        report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"), device)
-    return _write(report, run_dir)
+        if protocol is not None and images.train is not None:
+            report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"), device)
+        return _write(report, run_dir)
 
 
 def linear_probe(
@@ -451,7 +479,8 @@ def _check_resume(stopped: Mapping[str, Any], module: Pretraining, run_dir: Path
     mine = {name: list(value.shape) for name, value in module.state_dict().items()}
     if mine != {name: list(value.shape) for name, value in stopped["state_dict"].items()}:
         raise UserError(f"resume={run_dir}: its networks are other ones; give the run's own backbone, head and method")
-    if stopped["global_step"] >= card["total_steps"] and card["length"] == module.card["length"]:
+    ended = stopped["global_step"] >= card["total_steps"] and card["length"] == module.card["length"]
+    if ended and (run_dir / "report.json").exists() and module.card["identity"] is None:
         raise UserError(
             f"resume={run_dir}: this run is finished, after {stopped['global_step']} steps; raise trainer.max_epochs "
             "to go on"
@@ -460,11 +489,41 @@ def _check_resume(stopped: Mapping[str, Any], module: Pretraining, run_dir: Path
     differ = [f"{name} was {value}, is {now[name]}" for name, value in card["conditions"].items() if value != now[name]]
     if differ and exact:
         raise UserError(
-            f"resume={run_dir}: would not come to the same result ({'; '.join(differ)}); make them equal, or go on "
-            "regardless with resume.exact=false"
+            f"resume={run_dir}: would not come to the same result ({'; '.join(differ)}); make them equal, go on "
+            "regardless with resume.exact=false, or begin anew with rerun=true"
         )
     if differ:
         log.warning("resume: not exact (%s)", "; ".join(differ))
+
+
+def _finished(run_dir: Path, card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a run of the same configuration, data and version, if it came to its end."""
+    try:
+        report: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    found = (report.get("identity"), report.get("data_fingerprint"), report.get("versions", {}).get("twoview"))
+    return report if found == (card["identity"], card["conditions"]["data"], __version__) else None
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; no bar where a system has no such locks."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written ({error.strerror}); mend it, or choose another folder") from error
+    with file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: loader workers do not inherit it
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir}: another process is at work in this folder; wait for it, or stop it") from error
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def _keep_rows(loggers: Sequence[Any], step: int) -> None:
@@ -484,18 +543,30 @@ def _trainer(
 ) -> L.Trainer:
     if training.seconds is not None:
         callbacks.append(TimeLimit(training.seconds))
+    nodes = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+        if here != training.devices:
+            raise UserError(
+                f"trainer.devices={training.devices}: torchrun has started {here} processes here; give trainer=ddp "
+                f"trainer.devices={here}"
+            )
     # What Lightning says at start is for its own users; loader workers are a choice here, not an oversight.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore",
-        ".*(does not have many workers|ended before the epoch ended|Experiment logs|LeafSpec|logging interval).*",
+        ".*(does not have many workers|ended before the epoch ended|Experiment logs|LeafSpec|logging interval|"
+        "broadcast_buffers|sync_dist=True).*",
     )
     try:
         return L.Trainer(
             accelerator=training.accelerator,
             devices=training.devices,
+            num_nodes=nodes,
             # Buffers need no broadcast: queues are the same on every rank, statistics its own.
-            strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
+            strategy=DDPStrategy(broadcast_buffers=False) if nodes * training.devices > 1 else "auto",
             precision=choose_precision(training.precision, network, _device(training.accelerator)),  # type: ignore[arg-type]
             max_epochs=training.max_epochs or -1,
             max_steps=training.max_steps or -1,

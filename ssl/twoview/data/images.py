@@ -270,8 +270,11 @@ class ImageData(L.LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the images to learn from, by the statistics of each, and of their labels and order."""
+        """Hash of all images, by the statistics of each, and of their labels and order."""
         content = self._moments.numpy().tobytes() + self.pretrain.labels.numpy().tobytes()
+        for split in (self.train, self.test):
+            if split is not None:
+                content += split.moments().numpy().tobytes() + split.labels.numpy().tobytes()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def hide_labels(self, positions: Tensor) -> None:
@@ -291,8 +294,6 @@ class ImageData(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("train_dataloader is for the Trainer")
         device, world_size = self.trainer.strategy.root_device, self.trainer.world_size
-        if self.batch_size % world_size:
-            raise UserError(f"data.batch_size={self.batch_size} cannot be divided among trainer.devices={world_size}")
         images = self.pretrain
         held = False
         if isinstance(images, ImageArrays) and device.type == "cuda":
