@@ -18,6 +18,7 @@ from twoview.augment import TwoViews
 from twoview.backbones import build_arguments, create_backbone
 from twoview.checkpoints import read_checkpoint
 from twoview.data import ImageArrays, digits
+from twoview.data.images import BatchOrder
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, split_holdout
 from twoview.methods import MoCo, SimCLR
@@ -182,13 +183,68 @@ def test_a_collapsed_backbone_is_seen_through_the_batchnorm_of_the_head(tmp_path
 
 
 def test_divergence_is_said_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"the loss is nan at step \d+: training has diverged; lower optimizer.lr"):
-        pretrain(
-            tmp_path,
-            optimization=Optimization(torch.optim.SGD, lr=1e20),
-            training=replace(CPU, log_every=1),
-            schedule=constant,
-        )
+    sentence = (
+        r"at step \d+ the loss is nan .* training has diverged; lower optimizer.lr .*no checkpoint had been written"
+    )
+    with pytest.raises(UserError, match=sentence):
+        pretrain(tmp_path, optimization=Optimization(torch.optim.SGD, lr=1e20), schedule=constant)
+
+
+class Breaks(MoCo):
+    """A method whose loss is not a number for the batch that holds image 7."""
+
+    def __init__(self, backbone, head):
+        super().__init__(backbone, head, queue_size=200)
+
+    def forward(self, view_a, view_b, ids=None, labels=None):
+        bad = bool((ids == 7).any())
+        step = super().forward(view_a * (float("nan") if bad else 1), view_b, ids, labels)
+        assert bool(step.loss.isfinite()) != bad
+        return step
+
+
+def epoch_of(image):
+    """Steps before the batch of an image, and its images, for every epoch of the two."""
+    batches = list(BatchOrder(1347, 128, 0, lambda: 0)) + list(BatchOrder(1347, 128, 0, lambda: 10))
+    return [(number, batch.tolist()) for number, batch in enumerate(batches) if image in batch]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_batch_and_the_last_good_checkpoint(tmp_path):
+    (first, images), (second, later) = epoch_of(7)
+    with pytest.raises(UserError, match=rf"at step {first} the loss is nan .*no checkpoint had been written"):
+        pretrain(tmp_path, method=Breaks, protocol=None)
+    (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": first, "loss": "nan", "images": images}
+    folder = tmp_path / "second"
+    with pytest.raises(UserError, match=rf"at step {second} the loss is nan .*checkpoint is .*last.ckpt"):
+        pretrain(folder, method=Breaks, protocol=None, training=replace(CPU, skip_nonfinite=1))
+    content = read_checkpoint(folder)
+    assert content["global_step"] == 10
+    assert content["twoview"]["skipped"] == 1
+    assert json.loads((folder / "nonfinite.jsonl").read_text().splitlines()[1])["images"] == later
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_that_is_left_out_leaves_no_trace(tmp_path, accumulate):
+    training = replace(CPU, skip_nonfinite=2, accumulate=accumulate)
+    report = pretrain(tmp_path, method=Breaks, protocol=None, training=training)
+    assert report["training"]["batches_not_finite"] == 2
+    state = read_checkpoint(tmp_path)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())  # statistics of BatchNorm and the queue too
+    keys = state["method.queue.keys"]
+    assert (keys.norm(dim=1) - 1).abs().max() < 1e-4
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    class Spoils(SimCLR):
+        def after_update(self, progress):
+            if progress == 1:
+                next(self.parameters()).data.fill_(float("inf"))
+
+    training = replace(CPU, check_every=0)
+    with pytest.raises(UserError, match="the weights are not finite"):
+        pretrain(tmp_path, method=partial(Spoils, temperature=0.2), protocol=None, training=training)
+    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_epochs_may_end_a_run_before_its_time(tmp_path):
