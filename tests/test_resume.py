@@ -115,8 +115,8 @@ def stopped_twice(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("after", "workers", "accumulate"),
-    [(1, 0, 1), (3, 0, 1), (4, 2, 1), (11, 2, 1), (2, 0, 2), (5, 0, 2)],
-    ids=["mid-epoch", "end of epoch", "first batch", "later, two workers", "accumulating", "accumulating, later"],
+    [(1, 0, 1), (3, 0, 1), (4, 2, 1), (11, 2, 1), (2, 0, 2)],
+    ids=["mid-epoch", "end of epoch", "first batch", "later, two workers", "accumulating"],
 )
 def test_a_stopped_run_goes_on_to_the_same_last_digit(tmp_path, whole, method, after, workers, accumulate):
     with pytest.raises(Interrupted, match="go on with resume=") as stopped:
