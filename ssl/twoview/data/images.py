@@ -38,11 +38,13 @@ class ImageArrays(Dataset[Batch]):
         labels: int64 ``[N]``, -1 where unknown.
         blocks: int64 ``[N]``, the block that each image lay in, if it lay in one; keeps the order of training what it
             would be out of memory.
+        names: what each image is called, such as the path of its file.
     """
 
     pixels: Tensor
     labels: Tensor
     blocks: Tensor | None = None
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4 or self.pixels.shape[2] != self.pixels.shape[3]:
@@ -72,7 +74,12 @@ class ImageArrays(Dataset[Batch]):
     def subset(self, positions: Tensor) -> "ImageArrays":
         """The images at some positions."""
         blocks = None if self.blocks is None else self.blocks[positions]
-        return ImageArrays(self.pixels[positions], self.labels[positions], blocks)
+        names = None if self.names is None else [self.names[i] for i in positions.tolist()]
+        return ImageArrays(self.pixels[positions], self.labels[positions], blocks, names)
+
+    def name(self, position: int) -> str:
+        """What the image at a position is called; its number if it has no name."""
+        return f"image {position}" if self.names is None else self.names[position]
 
     def with_labels(self, labels: Tensor) -> "ImageArrays":
         """The same images with other labels."""
@@ -107,6 +114,9 @@ class Images(Protocol):
 
     def subset(self, positions: Tensor) -> "Images":
         """The images at some positions."""
+
+    def name(self, position: int) -> str:
+        """What the image at a position is called."""
 
     def with_labels(self, labels: Tensor) -> "Images":
         """The same images with other labels."""

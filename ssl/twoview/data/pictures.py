@@ -79,6 +79,10 @@ class Pictures(Dataset[Batch]):
         part.known_moments = None if self.known_moments is None else self.known_moments[positions]
         return part
 
+    def name(self, position: int) -> str:
+        """Path of the picture at a position, or its number in the source."""
+        return _name(self.source, int(self.positions[position]))
+
     @property
     def blocks(self) -> Tensor | None:
         """int64 ``[N]``, the block that each picture lies in; None where any order is as good as any other."""
@@ -332,7 +336,8 @@ def _read_all(
         )
     readable = pictures.subset(torch.from_numpy(np.concatenate(good)))
     if keep:
-        return ImageArrays(torch.from_numpy(np.concatenate(pixels)), readable.labels, readable.blocks), broken
+        names = [readable.name(i) for i in range(len(readable))]
+        return ImageArrays(torch.from_numpy(np.concatenate(pixels)), readable.labels, readable.blocks, names), broken
     readable.known_moments = torch.from_numpy(np.concatenate(known))
     return readable, broken
 
