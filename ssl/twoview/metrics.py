@@ -113,6 +113,40 @@ def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor
 
 
 @torch.no_grad()
+def recall_at_k(relevant: Tensor, k: int) -> float:
+    """Share of queries with anything relevant among their first k results, in [0, 1].
+
+    Recall@k of metric learning, Song et al. 2016, arXiv:1511.06452, section 6; elsewhere called hit rate.
+
+    Args:
+        relevant: boolean ``[N, M]``: for each query whether its results are relevant, best result first.
+        k: >= 1.
+    """
+    return float(relevant[:, :k].any(1).double().mean())
+
+
+@torch.no_grad()
+def precision_at_k(relevant: Tensor, k: int) -> float:
+    """Mean over queries of the share of their first k results that is relevant; see :func:`recall_at_k`."""
+    return float(relevant[:, :k].double().sum(1).mean() / k)
+
+
+@torch.no_grad()
+def mean_reciprocal_rank(relevant: Tensor) -> float:
+    """Mean of 1 / rank of the first relevant result, 0 where there is none; see :func:`recall_at_k`."""
+    return float((relevant.any(1) / (relevant.int().argmax(1) + 1.0)).double().mean())
+
+
+@torch.no_grad()
+def mean_average_precision(relevant: Tensor) -> float:
+    """Mean over queries of the mean precision at relevant results, 0 where there are none; see :func:`recall_at_k`."""
+    found = relevant.cumsum(1, dtype=torch.int32)
+    ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
+    precision = (found / ranks).masked_fill_(~relevant, 0).sum(1, dtype=torch.float64)
+    return float((precision / relevant.sum(1).clamp(min=1)).mean())
+
+
+@torch.no_grad()
 def knn_neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """The k most similar bank vectors of each query by cosine, most similar first.
 
