@@ -8,7 +8,8 @@ from lightning.pytorch.loggers import CSVLogger
 from twoview import runs, schedules
 from twoview.augment import TwoViews
 from twoview.data import digits
-from twoview.evaluate import Protocol
+from twoview.evaluate import Protocol, score
+from twoview.evaluate.probes import Labelled, predict
 from twoview.heads import projection_head
 from twoview.methods import SimCLR
 from twoview.optim import Optimization
@@ -36,6 +37,13 @@ def pretrain(run_dir, **changes):
         "run_dir": run_dir,
     }
     return runs.pretrain(**(arguments | changes))
+
+
+def judge(train, train_labels, test, test_labels, protocol, seed, probes=("linear", "knn")):
+    """Predict, then score."""
+    classes = 1 + int(max(train_labels.max(), test_labels.max()))
+    predictions = predict(Labelled(train, train_labels), test, protocol, seed, probes, classes)
+    return {name: score(p, test_labels, classes, protocol, seed) for name, p in predictions.items()}
 
 
 @pytest.fixture(scope="session")

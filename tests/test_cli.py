@@ -57,6 +57,11 @@ MISTAKES = {
     "-m optimizer.lr=0.1,fast": "optimizer.lr=fast: give a number",
     "method=moco method.momentum=2": "method.momentum=2: must lie between 0 and 1",
     "method.bn=shuffle": "method.bn=shuffle: choose one of plain, split, sync",
+    "task=compare": "runs is missing",
+    "task=compare runs=[runs/a,runs/b]": "runs/a has no report.json",
+    "task=evaluate checkpoint=timm:resnet19": "did you mean resnet1",
+    "task=evaluate checkpoint=x eval.parts=[linaer]": "eval.parts=linaer: choose from linear",
+    "task=finetune checkpoint=x finetune.label_share=2": "finetune.label_share=2: give",
     "trainer.max_time=soon trainer.max_epochs=null": "trainer.max_time=soon",
 }
 
@@ -121,7 +126,8 @@ def test_every_choice_composes_and_instantiates(group, choice):
 
 @pytest.mark.parametrize("task", sorted(p.stem for p in (CONF / "task").glob("*.yaml")))
 def test_every_task_composes(task):
-    check_overrides([f"task={task}", *(["checkpoint=x"] if task in ("linear_probe", "knn") else [])])
+    needed = {"compare": ["runs=[a,b]"], "pretrain": [], "preview": []}
+    check_overrides([f"task={task}", *needed.get(task, ["checkpoint=x"])])
 
 
 def readme_commands():
@@ -196,12 +202,12 @@ def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):
     result = run(*SHORT, "seed=3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    again = re.search(r"again:\s+python train.py (.*)", result.stdout)[1]
-    result = run(*shlex.split(again), cwd=tmp_path)
+    again = re.search(r"more:\s+python train.py (.*)", result.stdout)[1]
+    result = run(*shlex.split(again), "eval.shift_images=20", "eval.draws=2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     first, second = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/*/report.json")))
     assert second["results"]["trained"]["linear"] == first["results"]["trained"]["linear"]
-    assert (second["task"], second["seed"]) == ("linear_probe", 3)
+    assert (second["task"], second["seed"]) == ("evaluate", 3)
     config = min(tmp_path.glob("runs/*/*/config.yaml")).read_text()  # of the first run
     assert "image_size: 16" in config
     assert "${" not in config

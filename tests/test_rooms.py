@@ -14,7 +14,19 @@ PACKAGE = ROOT / "ssl" / "twoview"
 ARITHMETIC = {"losses", "schedules", "metrics"}
 PARTS = {"backbones", "heads", "augment", "momentum", "negatives", "distributed", "optim", "data"}
 METHODS = {"methods"}
-RUNS = {"pretrain", "evaluate", "interrupts", "monitors", "checkpoints", "runs", "sweeps"}
+RUNS = {
+    "pretrain",
+    "evaluate",
+    "finetune",
+    "interrupts",
+    "monitors",
+    "checkpoints",
+    "runs",
+    "judging",
+    "records",
+    "sweeps",
+    "report",
+}
 EDGE = {"cli", "__main__"}
 ANYWHERE = {"errors", "__init__"}
 STANDARD = set(sys.stdlib_module_names)
@@ -35,9 +47,17 @@ ALLOWED = {
     ),
     "methods": ({"torch"}, ARITHMETIC | PARTS | METHODS),
     **dict.fromkeys(
-        RUNS, ({"torch", "lightning", "sklearn", "numpy", "PIL", "rich"}, ARITHMETIC | PARTS | METHODS | RUNS)
+        RUNS,
+        (
+            {"torch", "lightning", "sklearn", "scipy", "torchmetrics", "numpy", "PIL", "rich", "safetensors"},
+            ARITHMETIC | PARTS | METHODS | RUNS,
+        ),
     ),
-    "cli": ({"hydra", "omegaconf", "rich", "torch"}, {"runs", "sweeps"}),
+    "report": (
+        {"torch", "numpy", "sklearn", "PIL", "rich", "safetensors", "matplotlib", "jinja2", "umap"},
+        ARITHMETIC | PARTS | RUNS,
+    ),
+    "cli": ({"hydra", "omegaconf", "torch"}, {"runs", "sweeps", "report"}),
     "__main__": (set(), {"cli"}),
     "errors": (set(), set()),
     "__init__": (set(), {"checkpoints", "momentum", "negatives"}),

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SIZE, pretrain, short_data
+from conftest import SIZE, judge, pretrain, short_data
 from PIL import Image
 from torch import nn
 
@@ -99,7 +99,7 @@ def test_the_evaluation_leaves_the_backbone_untouched(finished):
     before = read_checkpoint(finished.folder)["state_dict"]
     backbone, preprocess = twoview.load(finished.folder)
     data = short_data()
-    from twoview.evaluate import extract, judge
+    from twoview.evaluate import extract
 
     train, test = (extract(backbone, split, preprocess) for split in (data.train, data.test))
     judge(train, data.train.labels, test, data.test.labels, Protocol(l2=(1e-2,)), 0)

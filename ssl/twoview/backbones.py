@@ -69,7 +69,7 @@ def create_backbone(
     if name in OURS:
         name, defaults, auto_stem = OURS[name]
         options = {**defaults, **(options or {})}
-    if name not in timm.list_models():
+    if not timm.is_model(name):
         raise UserError(f"backbone.name={name}: timm has no such network; {_nearest(name)}")
     if stem not in get_args(Stem):
         raise UserError(f"backbone.stem={stem}: choose one of {', '.join(get_args(Stem))}")
@@ -93,6 +93,18 @@ def create_backbone(
         "options": {**(options or {}), **used},
     }
     return network, feature_width(network, in_chans, image_size, given)
+
+
+def published_input(name: str) -> tuple[int, list[float], list[float]]:
+    """Image size in pixels, and means and deviations of the channels, that timm's weights of a network were made for.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if known is None:
+        raise UserError(f"checkpoint=timm:{name}: timm has no published weights of that name; {_nearest(name)}")
+    return known.input_size[-1], list(known.mean), list(known.std)
 
 
 def build_arguments(network: nn.Module) -> dict[str, Any]:

@@ -36,10 +36,10 @@ HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"
 
 # Knobs that the evaluation of a checkpoint does not have, or takes from the checkpoint.
-_PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels", "eval.k", "eval.temperature")
+_PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels")
 
 # Knobs whose null means something although they have a value by default.
-_MAY_BE_NULL = ("trainer.max_epochs", "trainer.max_time", "select_by")
+_MAY_BE_NULL = ("trainer.max_epochs", "trainer.max_time", "select_by", "eval.cache")
 
 # Launchers and sweepers that are plugins of Hydra, and the extras that bring them.
 _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "optuna": "optuna"}
@@ -196,8 +196,8 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
     result = hydra.utils.get_method(cfg.task._target_)(**parts)
     if not isinstance(result, Mapping):
         return {}
-    if "results" in result:
-        _print_table(result)
+    if "results" in result or "runs" in result:
+        _print_report(result)
     return result
 
 
@@ -249,41 +249,27 @@ def _config_hash(*, _root_: Any) -> str:
 OmegaConf.register_new_resolver("config_hash", _config_hash, replace=True)
 
 
-def _print_table(report: Mapping[str, Any]) -> None:
-    import rich
-    from rich.table import Table
+def _print_report(report: Mapping[str, Any]) -> None:
+    from twoview.report import comparison_tables, show, tables
 
-    probes = {"linear": "linear probe", "knn": "kNN"}
-    shown = [probe for probe in probes if probe in report["results"]["trained"]]
-    table = Table(title=f"{report['data']}: top-1 on {report['protocol']['test_images']:,} test images")
-    table.add_column("features")
-    for probe in shown:
-        table.add_column(probes[probe], justify="right")
-        table.add_column("chosen")
-    for key, row in report["results"].items():
-        cells = [report["method"] if key == "trained" else key]
-        for probe in shown:
-            result = row[probe]
-            chosen = f"L2 {result['l2']:g}" if probe == "linear" else f"k {result['k']}, T {result['temperature']:g}"
-            cells += [f"{100 * result['test_top1']:.1f} %", chosen]
-        table.add_row(*cells)
-    table.caption = "chosen on held-out training labels; test labels read once"
-    if training := report.get("training"):
-        table.caption += f"\n{training['images_seen']:,} images seen in {training['seconds'] / 60:.1f} minutes"
-    rich.print(table)
+    shown = comparison_tables(report) if report["task"] == "compare" else tables(report)
+    for table in shown if report["task"] in ("evaluate", "compare") else shown[:1]:
+        if table.title not in ("Classes", "Invariance"):  # too long for a terminal; the pages hold all
+            show(table)
     folder = os.path.relpath(report["run_dir"])
-    print(f"report: {folder}/report.json")
+    pages = ("report.html", "report.md", "report.json")
+    print("report: " + ", ".join(f"{folder}/{name}" for name in pages if (Path(folder) / name).exists()))
     if report["task"] == "pretrain":
         given = HydraConfig.get().overrides.task
         same = [o for o in given if o.startswith(("data.", "eval.", "seed=")) and o.split("=")[0] not in _PRETRAIN_ONLY]
         words = [
-            "task=linear_probe",
+            "task=evaluate",
             f"data={HydraConfig.get().runtime.choices['data']}",
             *same,
             f"checkpoint={folder}",
         ]
         program = "python train.py" if Path(sys.argv[0]).name == "train.py" else "twoview"
-        print(f"again:  {program} {shlex.join(words)}")
+        print(f"more:   {program} {shlex.join(words)}")
 
 
 def quoted(argument: str) -> str:

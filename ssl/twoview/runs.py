@@ -6,16 +6,11 @@ import json
 import logging
 import math
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +19,28 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from PIL import Image
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.utils.data import Dataset
 
-from twoview import __version__
+from twoview import __version__, records
 from twoview.augment import TwoViews
 from twoview.backbones import build_arguments, create_backbone
-from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, newest, read_checkpoint, rebuild
-from twoview.data import ImageData, Images, Preprocess, fit_size, from_dataset, in_order
+from twoview.checkpoints import AtomicCheckpointIO, SaveCheckpoints, newest
+from twoview.data import ImageData, Preprocess, fit_size, from_dataset
 from twoview.errors import UserError
-from twoview.evaluate import Protocol, extract, judge, split_holdout
+from twoview.evaluate import Protocol, split_holdout
+from twoview.finetune import finetune
 from twoview.interrupts import Interrupts
+from twoview.judging import evaluate, judged, knn, linear_probe
 from twoview.methods import Method
 from twoview.monitors import Bar, FeatureCheck, TimeLimit, Watch
 from twoview.optim import Optimization, describe_groups
 from twoview.pretrain import Pretraining, choose_precision
+from twoview.records import pick_device
+from twoview.report import compare, picture_of_views
+
+__all__ = ["Training", "compare", "evaluate", "finetune", "knn", "linear_probe", "pretrain", "preview"]
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def pretrain(
         "channels": images.channels,
         "classes": images.classes,
         "seed": seed,
-        "versions": _versions(),
+        "versions": records.versions(),
         "length": {knob: getattr(training, knob) for knob in ("max_epochs", "max_time", "max_steps")},
     }
     global_batch = images.batch_size * training.accumulate
@@ -307,7 +307,7 @@ def pretrain(
         if not trainer.is_global_zero:
             return {}  # the evaluation is one process's work
         seen = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images.batch_size
-        report = _report("pretrain", card, seed, run_dir) | {
+        report = records.begin("pretrain", card, seed, run_dir) | {
             "identity": identity,
             "data_fingerprint": images.fingerprint,
             "training": {
@@ -319,50 +319,14 @@ def pretrain(
                 "seconds": round(seconds, 1),
                 "batch_size": images.batch_size,
                 "precision": str(trainer.precision),
-                "device": _device_name(device),
+                "device": records.device_name(device),
                 "processes": trainer.world_size,
                 "base_lr": optimizer.param_groups[0]["base_lr"],
             },
         }
         if protocol is not None and images.train is not None:
-            report |= _judged(network, preprocess, card, images, protocol, seed, ("linear", "knn"), device)
-        return _write(report, run_dir)
-
-
-def linear_probe(
-    checkpoint: str | Path,
-    data: ImageData | Callable[..., ImageData],
-    protocol: Protocol | None = None,
-    seed: int = 0,
-    run_dir: str | Path = "run",
-) -> dict[str, Any]:
-    """Judge the backbone of a checkpoint by a linear probe on any labelled images.
-
-    Args:
-        checkpoint: run folder or file.
-        data: the images, or what loads them; it is called with ``image_size`` and ``channels`` of the checkpoint.
-        protocol: what is tried, and whether random initialisation and raw pixels are judged too.
-        seed: of the held-out split and of random initialisation.
-        run_dir: folder for ``report.json``; made if missing.
-
-    Returns:
-        The report, as written to ``report.json``.
-
-    Raises:
-        UserError: no checkpoint there, or images that do not fit it.
-    """
-    return _judge_checkpoint("linear_probe", checkpoint, data, protocol, seed, run_dir, ("linear",))
-
-
-def knn(
-    checkpoint: str | Path,
-    data: ImageData | Callable[..., ImageData],
-    protocol: Protocol | None = None,
-    seed: int = 0,
-    run_dir: str | Path = "run",
-) -> dict[str, Any]:
-    """Judge the backbone of a checkpoint by k nearest neighbours; arguments and results as :func:`linear_probe`."""
-    return _judge_checkpoint("knn", checkpoint, data, protocol, seed, run_dir, ("knn",))
+            return judged(report, network, preprocess, card, images, protocol, views, seed, run_dir, device)
+        return records.write(report, run_dir)
 
 
 def preview(
@@ -395,83 +359,11 @@ def preview(
         loaded.pretrain[torch.linspace(0, len(loaded.pretrain) - 1, min(images, len(loaded.pretrain))).long()].pixels,
         loaded.image_size,
     )
-    columns = [pixels]
-    for i in range(pairs):
-        for view in views(pixels, key=(seed, i)):
-            restored = view * views.std + views.mean
-            columns.append((restored * 255).round().clamp(0, 255).to(torch.uint8))
-    grid = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
-    # A picture has one or three channels: of others the first is shown.
-    grid = grid if len(grid) == 3 else grid[:1].expand(3, -1, -1)
     path = Path(run_dir) / "views.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)
+    picture_of_views(pixels, views, pairs, seed).save(path)
     log.info("originals on the left, then %d pairs of views: %s", pairs, path)
     return path
-
-
-def _judge_checkpoint(
-    task: str,
-    checkpoint: str | Path,
-    data: ImageData | Callable[..., ImageData],
-    protocol: Protocol | None,
-    seed: int,
-    run_dir: str | Path,
-    probes: Sequence[str],
-) -> dict[str, Any]:
-    content = read_checkpoint(checkpoint)
-    backbone, preprocess = rebuild(content)
-    card = content["twoview"]
-    stored = {knob: card[knob] for knob in ("image_size", "channels", "store_size")}
-    given = getattr(data, "keywords", {})  # what a partial function was told
-    for knob, value in stored.items():
-        if given.get(knob) not in (None, value):
-            raise UserError(f"data.{knob}={given[knob]}: the checkpoint was made for {value}; leave data.{knob} out")
-    if "store_size" not in given:
-        del stored["store_size"]
-    images = data(**stored) if callable(data) else data
-    if images.train is None:
-        raise UserError(f"data: {images.name} has no labels to fit and test a probe with; give labelled images")
-    if images.channels != card["channels"]:
-        raise UserError(f"data: {images.name} has {images.channels} channels, the checkpoint wants {card['channels']}")
-    report = _report(task, card | {"data": images.name}, seed, Path(run_dir)) | {"checkpoint": content["path"]}
-    report |= _judged(backbone, preprocess, card, images, protocol or Protocol(), seed, probes, _device())
-    return _write(report, Path(run_dir))
-
-
-def _judged(
-    backbone: nn.Module,
-    preprocess: Preprocess,
-    card: Mapping[str, Any],
-    images: ImageData,
-    protocol: Protocol,
-    seed: int,
-    probes: Sequence[str],
-    device: torch.device,
-) -> dict[str, Any]:
-    assert images.train is not None
-    assert images.test is not None
-
-    def features_of(network: nn.Module) -> Callable[[Images], Tensor]:
-        return lambda split: extract(network, split, preprocess, device, images.batch_size)
-
-    sources: dict[str, Callable[[Images], Tensor]] = {"trained": features_of(backbone)}
-    if protocol.baselines:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            sources["random initialisation"] = features_of(create_backbone(**card["backbone"])[0])
-        sources["raw pixels"] = _raw_pixels
-    results = {}
-    for name, features in sources.items():
-        log.info("evaluation: %s", name)
-        train, test = features(images.train), features(images.test)
-        results[name] = judge(train, images.train.labels, test, images.test.labels, protocol, seed, probes)
-    trained = results["trained"]
-    return {
-        "results": results,
-        "protocol": {**asdict(protocol), "train_images": len(images.train), "test_images": len(images.test)},
-        "figures": {f"val/{probe}_top1": trained[probe]["val_top1"] for probe in probes},
-    }
 
 
 def _check_resume(stopped: Mapping[str, Any], module: Pretraining, run_dir: Path, exact: bool) -> None:
@@ -567,7 +459,7 @@ def _trainer(
             num_nodes=nodes,
             # Buffers need no broadcast: queues are the same on every rank, statistics its own.
             strategy=DDPStrategy(broadcast_buffers=False) if nodes * training.devices > 1 else "auto",
-            precision=choose_precision(training.precision, network, _device(training.accelerator)),  # type: ignore[arg-type]
+            precision=choose_precision(training.precision, network, pick_device(training.accelerator)),  # type: ignore[arg-type]
             max_epochs=training.max_epochs or -1,
             max_steps=training.max_steps or -1,
             accumulate_grad_batches=training.accumulate,
@@ -591,79 +483,7 @@ def _trainer(
         ) from error
 
 
-def _device(accelerator: str = "auto") -> torch.device:
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def _capability(device: torch.device) -> str:
-    return _device_name(device) if device.type == "cuda" else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _raw_pixels(images: Images) -> Tensor:
-    """Pixels as features, at 32 pixels a side at the most: larger pictures would not fit a linear probe."""
-    size = min(images.size, 32)
-    return torch.cat([fit_size(batch.pixels.cpu(), size).flatten(1).float() / 255 for batch in in_order(images)])
-
-
-def _report(task: str, card: Mapping[str, Any], seed: int, run_dir: Path) -> dict[str, Any]:
-    return {
-        "task": task,
-        "method": card["method"],
-        "data": card["data"],
-        "backbone": dict(card["backbone"]),
-        "seed": seed,
-        "run_dir": str(run_dir),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": _versions(),
-        "commit": _commit(),
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-    }
-
-
-def _write(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2)
-    temporary = run_dir / f"report.json.{os.getpid()}.tmp"
-    temporary.write_text(text + "\n")
-    temporary.replace(run_dir / "report.json")
-    written: dict[str, Any] = json.loads(text)
-    return written
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "lightning", "timm", "kornia", "scikit-learn")
-    return {"twoview": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
-
-
-def _commit() -> str | None:
-    """Commit of the clone this code is in, with a plus where it was changed; None if it is installed."""
-    here = Path(__file__).resolve().parent
-    if here.parent.name != "ssl":
-        return None
-    try:
-        git = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        return records.device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"

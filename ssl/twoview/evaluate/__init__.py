@@ -1,6 +1,8 @@
-"""What frozen features are worth: a linear probe and k nearest neighbours, chosen on held-out training labels."""
+"""What frozen features are worth; every choice is made on held-out training labels, test labels are read once."""
 
 from twoview.evaluate.features import extract
-from twoview.evaluate.probes import Protocol, judge, split_holdout
+from twoview.evaluate.measure import Evidence, measure
+from twoview.evaluate.probes import few_label_splits, score, split_holdout
+from twoview.evaluate.protocol import PARTS, Protocol
 
-__all__ = ["Protocol", "extract", "judge", "split_holdout"]
+__all__ = ["PARTS", "Evidence", "Protocol", "extract", "few_label_splits", "measure", "score", "split_holdout"]

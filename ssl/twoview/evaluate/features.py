@@ -1,4 +1,7 @@
-"""Features of images, once, without augmentation."""
+"""Features of images, without augmentation."""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +29,25 @@ def extract(
     Returns:
         fp32 ``[N, F]`` on the CPU.
     """
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.to(device).eval()
     preprocess.to(device)
+    with evaluating(backbone, device) as features_of:
+        return torch.cat([features_of(preprocess(batch.pixels.to(device))) for batch in in_order(images, batch_size)])
+
+
+@contextlib.contextmanager
+def evaluating(backbone: nn.Module, device: torch.device | str) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, ``fp32 [N, C, h, w] -> fp32 [N, F]`` on the CPU; the backbone's modes come back after it."""
+    modes, where = {module: module.training for module in backbone.modules()}, torch.device(device)
+    backbone.to(where).eval()
+
+    @torch.no_grad()
+    def features_of(pixels: Tensor) -> Tensor:
+        with torch.autocast(where.type, enabled=False):
+            features: Tensor = backbone(pixels.to(where, memory_format=torch.channels_last))
+        return features.float().cpu()
+
     try:
-        with torch.autocast(torch.device(device).type, enabled=False):
-            parts = [
-                backbone(preprocess(batch.pixels.to(device)).to(memory_format=torch.channels_last)).float().cpu()
-                for batch in in_order(images, batch_size)
-            ]
+        yield features_of
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(parts)

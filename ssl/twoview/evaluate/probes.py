@@ -1,55 +1,50 @@
-"""Linear probe and kNN on fixed features; every choice is made on a held-out part of the training labels."""
+"""Linear probes and kNN on fixed features; every choice is made on a held-out part of the training labels."""
 
 import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from twoview.data import split_labels
 from twoview.errors import UserError
+from twoview.evaluate.protocol import Protocol
 from twoview.metrics import knn_neighbours, knn_vote
 
 log = logging.getLogger(__name__)
 
+LEAST_VARIANCE = 1e-7  # of a direction, relative to the greatest
 
-@dataclass(frozen=True)
-class Protocol:
-    """How features are judged.
 
-    Args:
-        holdout: share of the training labels that every choice is made on, in (0, 1).
-        l2: strengths of the linear probe's L2 penalty, relative to the mean cross-entropy.
-        max_iterations: of L-BFGS; whether it converged is reported.
-        k: numbers of neighbours.
-        temperature: of the neighbours' votes.
-        baselines: judge random initialisation and raw pixels beside the trained features.
+class Labelled(NamedTuple):
+    """Images by their features, fp32 ``[N, F]``, and labels, int64 ``[N]``."""
 
-    Raises:
-        UserError: a value out of range.
+    features: Tensor
+    labels: Tensor
+
+    def at(self, positions: Tensor) -> "Labelled":
+        """Those at some positions."""
+        return Labelled(self.features[positions], self.labels[positions])
+
+
+class Prediction(NamedTuple):
+    """What a probe says of the test images, before their labels are read.
+
+    ``classes`` is int64 ``[T]``, ``chosen`` what was chosen and how well it did on held-out training labels. A linear
+    probe has ``probabilities``, fp32 ``[T, C]``, and ``classify``, ``[N, F] -> int64 [N]`` for any features.
     """
 
-    holdout: float = 0.2
-    l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-    max_iterations: int = 1000
-    k: Sequence[int] = (1, 5, 10, 20, 50, 200)
-    temperature: Sequence[float] = (0.02, 0.07, 0.2)
-    baselines: bool = field(default=True)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.holdout < 1:
-            raise UserError(f"eval.holdout={self.holdout}: give a share of the training labels between 0 and 1")
-        if self.max_iterations < 1:
-            raise UserError(f"eval.max_iterations={self.max_iterations}: must be at least 1")
-        for knob in ("l2", "k", "temperature"):
-            values = getattr(self, knob)
-            if not values or not all(isinstance(v, int | float) and v > 0 for v in values):
-                raise UserError(f"eval.{knob}={list(values)}: give one or more numbers above 0")
+    classes: Tensor
+    chosen: dict[str, Any]
+    probabilities: Tensor | None = None
+    classify: Callable[[Tensor], Tensor] | None = None
 
 
 def split_holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -71,90 +66,224 @@ def split_holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tens
         ) from error
 
 
-def judge(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    protocol: Protocol,
-    seed: int,
-    probes: Sequence[str] = ("linear", "knn"),
-) -> dict[str, dict[str, Any]]:
-    """Choose on held-out training labels, refit on all of them, and read the test labels once.
+def predict(
+    train: Labelled, test: Tensor, protocol: Protocol, seed: int, probes: Sequence[str], classes: int
+) -> dict[str, Prediction]:
+    """Choose on held-out training labels, refit on all of them, and classify the test images.
 
     Args:
-        train: ``[N, F]`` features of labelled training images.
-        train_labels: int64 ``[N]``.
-        test: ``[T, F]``.
-        test_labels: int64 ``[T]``.
+        train: N images.
+        test: ``[T, F]`` features.
         protocol: what is tried.
         seed: of the held-out split.
-        probes: "linear", "knn" or both.
+        probes: of "linear", "linear_without_bn" and "knn".
+        classes: number of classes C.
+    """
+    fit, held = (train.at(part) for part in split_holdout(train.labels, protocol.holdout, seed))
+    choose: Mapping[str, Callable[[], Prediction]] = {
+        "linear": lambda: _linear(train, fit, held, test, protocol, classes, batch_norm=True),
+        "linear_without_bn": lambda: _linear(train, fit, held, test, protocol, classes, batch_norm=False),
+        "knn": lambda: _knn(train, fit, held, test, protocol, classes),
+    }
+    return {name: choose[name]() for name in probes}
+
+
+def score(prediction: Prediction, labels: Tensor, classes: int, protocol: Protocol, seed: int) -> dict[str, Any]:
+    """A prediction against the test labels.
+
+    Args:
+        prediction: of T images.
+        labels: int64 ``[T]``.
+        classes: number of classes.
+        protocol: gives the resamples of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
-        For each probe: ``val_top1`` and ``test_top1`` in [0, 1], and what was chosen.
+        What was chosen, and: ``test_top1`` in [0, 1] with ``interval``, its 95 % percentile interval over resampled
+        test images; ``balanced``, the mean over classes of ``per_class``, the share of a class's images that is
+        recognised (None for a class without test images); and of probes with probabilities ``calibration_error``, the
+        mean distance of confidence from accuracy over 15 bins of confidence (Guo et al. 2017, arXiv:1706.04599).
     """
-    fit, held = split_holdout(train_labels, protocol.holdout, seed)
+    correct = prediction.classes == labels
+    counts = labels.bincount(minlength=classes)
+    found = labels[correct].bincount(minlength=classes)
+    result = {
+        **prediction.chosen,
+        "test_top1": float(correct.double().mean()),
+        "interval": bootstrap(correct.double().numpy(), protocol.bootstrap, seed),
+        "balanced": float((found / counts)[counts > 0].double().mean()),
+        "per_class": [f / n if n else None for f, n in zip(found.tolist(), counts.tolist(), strict=True)],
+    }
+    if prediction.probabilities is not None:
+        error = multiclass_calibration_error(prediction.probabilities, labels, classes, n_bins=15, norm="l1")
+        result["calibration_error"] = float(error)
+    return result
+
+
+def confusion(prediction: Prediction, labels: Tensor, classes: int) -> np.ndarray:
+    """int64 ``[C, C]``: how many images of each class (row) were taken for each (column)."""
+    table: np.ndarray = confusion_matrix(labels, prediction.classes, labels=np.arange(classes))
+    return table
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
+    """95 % percentile interval of a mean, by resampling its values, such as whether each image was recognised.
+
+    Efron 1979, doi:10.1214/aos/1176344552.
+
+    Args:
+        values: ``[T]``.
+        resamples: how many.
+        seed: of the draws.
+    """
+    if len(values) < 2:
+        return [float(values.mean())] * 2
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=resamples, batch=64, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def few_label_splits(labels: Tensor, protocol: Protocol) -> dict[str, list[Tensor]]:
+    """Positions of few labelled training images, some draws of each size; a function of the labels alone.
+
+    Args:
+        labels: int64 ``[N]``.
+        protocol: gives sizes and draws. A class of fewer images gives all it has, and of a share at least one. A draw
+            of a larger size holds that of a smaller one.
+
+    Returns:
+        For each size, such as "5 per class" or "1 %", int64 positions of each draw, ascending.
+    """
+
+    def drawn(draw: int, amount: int, share: float) -> Tensor:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(draw))
+        parts = [order[labels[order] == c] for c in labels.unique()]
+        return torch.cat([part[: max(amount, round(share * len(part)))] for part in parts]).sort().values
+
+    sizes = {f"{amount} per class": (amount, 0.0) for amount in protocol.labels_per_class}
+    sizes |= {f"{100 * share:g} %": (1, share) for share in protocol.label_shares}
+    return {name: [drawn(draw, *size) for draw in range(protocol.draws)] for name, size in sizes.items()}
+
+
+def few_labels(
+    train: Labelled, test: Tensor, splits: Mapping[str, Sequence[Tensor]], protocol: Protocol, classes: int
+) -> dict[str, list[Tensor]]:
+    """Classes of the test images by linear probes that were fitted on few labels.
+
+    Args:
+        train: all say how wide a feature spreads, which needs no labels; labels are read at the splits alone.
+        test: ``[T, F]`` features.
+        splits: of :func:`few_label_splits`.
+        protocol: gives the penalty.
+        classes: number of classes.
+
+    Returns:
+        For each size int64 ``[T]`` of each draw.
+    """
+    scale, l2 = _deviation(train.features), [protocol.few_label_l2]
+
+    def fitted(split: Tensor) -> Tensor:
+        probes, _ = fit_linear(*train.at(split), l2, protocol.max_iterations, classes, scale)
+        return _scores(probes[0], test).argmax(1)
+
+    return {name: [fitted(split) for split in draws] for name, draws in splits.items()}
+
+
+def score_few_labels(predicted: Mapping[str, Sequence[Tensor]], labels: Tensor) -> dict[str, dict[str, Any]]:
+    """For each size ``mean`` accuracy over the draws, its 95 % t ``interval``, and that of each of ``draws``."""
     results = {}
-    for name in probes:
-        choose = {"linear": _linear, "knn": _knn}[name]
-        predicted, result = choose(train, train_labels, fit, held, test, protocol)
-        results[name] = {**result, "test_top1": _accuracy(predicted, test_labels)}
+    for name, draws in predicted.items():
+        accuracies = np.array([_accuracy(classes, labels) for classes in draws])
+        half = stats.t.ppf(0.975, len(draws) - 1) * accuracies.std(ddof=1) / np.sqrt(len(draws))
+        mean = float(accuracies.mean())
+        interval = [max(0.0, mean - float(half)), min(1.0, mean + float(half))]
+        results[name] = {"mean": mean, "interval": interval, "draws": accuracies.tolist()}
     return results
 
 
 def _linear(
-    train: Tensor, labels: Tensor, fit: Tensor, held: Tensor, test: Tensor, protocol: Protocol
-) -> tuple[Tensor, dict[str, Any]]:
+    train: Labelled, fit: Labelled, held: Labelled, test: Tensor, protocol: Protocol, classes: int, batch_norm: bool
+) -> Prediction:
     # Strong penalties first: of a tie, the strongest is kept.
     grid = sorted(protocol.l2, reverse=True)
-    probes, _ = fit_linear(train[fit], labels[fit], grid, protocol.max_iterations)
-    accuracies = [_accuracy(_scores(probe, train[held]).argmax(1), labels[held]) for probe in probes]
-    best = int(np.argmax(accuracies))
-    probes, converged = fit_linear(train, labels, grid[best : best + 1], protocol.max_iterations)
-    chosen = {"val_top1": accuracies[best], "l2": grid[best], "converged": converged}
-    return _scores(probes[0], test).argmax(1), chosen
+
+    def fitted(images: Labelled, l2: Sequence[float]) -> tuple[Tensor, bool]:
+        scale, weights = _deviation(images.features), None
+        if not batch_norm:  # one scale for all dimensions, so that a penalty means the same for all features
+            scale = scale.square().mean().sqrt().expand_as(scale)
+        if protocol.class_weights == "balanced":
+            counts = images.labels.bincount(minlength=classes)
+            weights = len(images.labels) / ((counts > 0).sum() * counts.clamp(min=1))
+        return fit_linear(*images, l2, protocol.max_iterations, classes, scale, weights, protocol.label_smoothing)
+
+    probes, _ = fitted(fit, grid)
+    predicted = [_scores(probe, held.features).argmax(1) for probe in probes]
+    best = int(np.argmax([_quality(guesses, held.labels, protocol) for guesses in predicted]))
+    probes, converged = fitted(train, grid[best : best + 1])
+    chosen = {"val_top1": _accuracy(predicted[best], held.labels), "l2": grid[best], "converged": converged}
+    return linear_prediction(probes[0], test, chosen)
+
+
+def _deviation(features: Tensor) -> Tensor:
+    """Deviation of each feature, 1 where it is constant but for rounding."""
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    return torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, l2: Sequence[float], max_iterations: int = 1000
+    features: Tensor,
+    labels: Tensor,
+    l2: Sequence[float],
+    max_iterations: int = 1000,
+    classes: int = 0,
+    scale: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, bool]:
-    """Multinomial logistic regressions on standardised features, one for each penalty, fitted together by L-BFGS.
+    """Multinomial logistic regressions on scaled features, one for each penalty, fitted together by L-BFGS.
 
     Each minimises mean cross-entropy + ``l2 / 2`` times the squared norm of the weights; the intercept is free. The
-    problem is convex. It is solved in coordinates in which its Hessian at zero weights is nearly the identity, so that
-    tens of iterations do where plain coordinates take hundreds.
+    problem is convex. It is solved in the directions that the images span, in coordinates in which its Hessian at zero
+    weights is nearly the identity, so that tens of iterations do where plain coordinates take hundreds.
 
     Args:
         features: fp32 ``[N, F]``.
         labels: int64 ``[N]``, C classes numbered from 0.
         l2: P penalties.
         max_iterations: of L-BFGS.
+        classes: C; 0 takes it from the labels.
+        scale: fp32 ``[F]``, what features are divided by before weights are penalised; None for their deviations,
+            which makes them those of a BatchNorm without parameters.
+        class_weights: fp32 ``[C]``, factors of each image's cross-entropy; None for 1.
+        label_smoothing: share of each label that is spread over all classes, in [0, 1).
 
     Returns:
         fp32 ``[P, F + 1, C]``, weights for the features as they were given with the intercept last; whether the
         iterations sufficed.
     """
     n, width = features.shape
-    classes = int(labels.max()) + 1
-    mean, deviation = features.mean(0), features.std(0, correction=0)
-    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
+    classes = classes or int(labels.max()) + 1
+    mean = features.mean(0)
+    scale = _deviation(features) if scale is None else scale
     standard = (features - mean) / scale
     # In float64: of features with many dead dimensions, LAPACK's fp32 routine may find no eigenvectors.
-    variances, directions = (x.float() for x in torch.linalg.eigh((standard.T @ standard / n).double()))
+    small = (standard.T @ standard if n >= width else standard @ standard.T).double() / n
+    variances, directions = torch.linalg.eigh(small)
+    # Weights lie in the span of the images; what is below fp32's rounding is not in it.
+    spanned = variances > LEAST_VARIANCE * variances.max()
+    variances, directions = variances[spanned], directions[:, spanned]
+    if n < width:
+        directions = standard.T.double() @ directions / (n * variances).sqrt()
+    variances, directions = variances.float(), directions.float()
+    turned = standard @ directions
     penalties = torch.tensor(l2, dtype=torch.float32)
     # At zero weights the softmax contributes covariance / C to the Hessian.
-    unit = (variances.clamp(min=0) / classes + penalties[:, None]).rsqrt()[..., None]  # [P, F, 1]
-    weights = torch.zeros(len(l2), width, classes, requires_grad=True)
+    unit = (variances.clamp(min=0) / classes + penalties[:, None]).rsqrt()[..., None]  # [P, R, 1]
+    weights = torch.zeros(len(l2), len(variances), classes, requires_grad=True)
     intercepts = torch.zeros(len(l2), 1, classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weights, intercepts],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-9,
-        line_search_fn="strong_wolfe",
-    )
+    limits: dict[str, Any] = {"max_iter": max_iterations, "max_eval": 2 * max_iterations}
+    optimizer = torch.optim.LBFGS([weights, intercepts], **limits, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
     rows = max(1, 2**24 // (len(l2) * classes))
 
     def loss() -> Tensor:
@@ -162,11 +291,13 @@ def fit_linear(
         total: Tensor = (0.5 * penalties[:, None, None] * (unit * weights).square()).sum()
         total.backward()
         # One product for all penalties; its gradient is summed over the parts before it is taken further back.
-        joined = (directions @ (unit * weights)).transpose(0, 1).flatten(1)
+        joined = (unit * weights).transpose(0, 1).flatten(1)
         matrix = joined.detach().requires_grad_()
-        for x, y in zip(standard.split(rows), labels.split(rows), strict=True):
+        for x, y in zip(turned.split(rows), labels.split(rows), strict=True):
             scores = (x @ matrix).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
-            part = F.cross_entropy(scores.flatten(0, 1), y.repeat_interleave(len(l2)), reduction="sum") / n
+            target, one = y.repeat_interleave(len(l2)), scores.flatten(0, 1)
+            each = F.cross_entropy(one, target, reduction="none", label_smoothing=label_smoothing)
+            part = (each if class_weights is None else each * class_weights[target]).sum() / n
             part.backward()
             total = total.detach() + part.detach()
         joined.backward(matrix.grad)
@@ -175,7 +306,7 @@ def fit_linear(
     optimizer.step(loss)
     state = optimizer.state[weights]
     iterations = state["n_iter"]
-    converged = iterations < max_iterations and state["func_evals"] < 2 * max_iterations
+    converged = iterations < max_iterations and state["func_evals"] < limits["max_eval"]
     if not converged:
         log.warning("linear probe: not converged in %d iterations; raise eval.max_iterations", iterations)
     with torch.no_grad():
@@ -183,26 +314,38 @@ def fit_linear(
         return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), converged
 
 
+def linear_prediction(probe: Tensor, test: Tensor, chosen: dict[str, Any]) -> Prediction:
+    """What a linear probe ``[F + 1, C]``, the intercept last, says of features ``[T, F]``."""
+    scores = _scores(probe, test)
+    return Prediction(scores.argmax(1), chosen, scores.softmax(1), lambda features: _scores(probe, features).argmax(1))
+
+
 def _scores(probe: Tensor, features: Tensor) -> Tensor:
     scores: Tensor = features @ probe[:-1] + probe[-1]
     return scores
 
 
-def _knn(
-    train: Tensor, labels: Tensor, fit: Tensor, held: Tensor, test: Tensor, protocol: Protocol
-) -> tuple[Tensor, dict[str, Any]]:
-    classes = int(labels.max()) + 1
+def _knn(train: Labelled, fit: Labelled, held: Labelled, test: Tensor, protocol: Protocol, classes: int) -> Prediction:
     # More neighbours than there are images to vote would be the same as all of them.
-    numbers = [k for k in protocol.k if k <= len(fit)] or [len(fit)]
-    similarity, position = knn_neighbours(train[fit], train[held], max(numbers))
-    votes = labels[fit][position]
-    best: dict[str, Any] = {"val_top1": -1.0}
-    for k, temperature in itertools.product(numbers, protocol.temperature):
-        accuracy = _accuracy(knn_vote(similarity, votes, k, temperature, classes), labels[held])
-        if accuracy > best["val_top1"]:
-            best = {"val_top1": accuracy, "k": k, "temperature": temperature}
-    similarity, position = knn_neighbours(train, test, best["k"])
-    return knn_vote(similarity, labels[position], best["k"], best["temperature"], classes), best
+    numbers = [k for k in protocol.k if k <= len(fit.labels)] or [len(fit.labels)]
+    similarity, position = knn_neighbours(fit.features, held.features, max(numbers))
+    grid, votes = list(itertools.product(numbers, protocol.temperature)), fit.labels[position]
+    predicted = [knn_vote(similarity, votes, k, temperature, classes) for k, temperature in grid]
+    best = int(np.argmax([_quality(guesses, held.labels, protocol) for guesses in predicted]))
+    k, temperature = grid[best]
+    similarity, position = knn_neighbours(train.features, test, k)
+    guesses = knn_vote(similarity, train.labels[position], k, temperature, classes)
+    return Prediction(
+        guesses, {"val_top1": _accuracy(predicted[best], held.labels), "k": k, "temperature": temperature}
+    )
+
+
+def _quality(predicted: Tensor, labels: Tensor, protocol: Protocol) -> float:
+    """What is chosen by: accuracy, or its mean over classes if they are to weigh alike."""
+    if protocol.class_weights == "none":
+        return _accuracy(predicted, labels)
+    classes = labels.unique()
+    return float(np.mean([_accuracy(predicted[labels == c], labels[labels == c]) for c in classes]))
 
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:

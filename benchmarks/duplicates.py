@@ -1,0 +1,56 @@
+"""How many near duplicates are found, and how many other images are taken for some: one Markdown row a data set.
+
+python benchmarks/duplicates.py                       # digits and noise
+python benchmarks/duplicates.py CIFAR10/train CIFAR10/test  # and 20,000 + 2,000 pictures of two folders
+"""
+
+import io
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from twoview.data import ImageArrays, digits, fake, folder
+from twoview.evaluate.overlap import shared_images, thumbnails
+
+
+def reencoded(pixels, quality=60):
+    images = []
+    for image in pixels:
+        file = io.BytesIO()
+        array = image.permute(1, 2, 0).numpy()
+        Image.fromarray(array[:, :, 0] if len(image) == 1 else array).save(file, "JPEG", quality=quality)
+        again = torch.from_numpy(np.asarray(Image.open(file)).copy())
+        images.append(again[None] if len(image) == 1 else again.permute(2, 0, 1))
+    return torch.stack(images)
+
+
+def thumbs(pixels):
+    return thumbnails(ImageArrays(pixels, torch.zeros(len(pixels), dtype=torch.long)))
+
+
+def measure(name, train, clean, planted=500):
+    copies = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:planted]
+    bank = thumbs(train)
+    pairs = {pair.test: pair.train for pair in shared_images(bank, thumbs(reencoded(train[copies])))}
+    found = sum(pairs.get(i) == int(copy) for i, copy in enumerate(copies))
+    alarms = len(shared_images(bank, thumbs(clean)))
+    print(f"| {name}, {len(train):,} training images | {len(copies)} | {found} | {len(clean):,} | {alarms} |")
+
+
+def main():
+    for size in (16, 32):
+        data = digits(image_size=size)
+        measure(f"digits at {size} pixels", data.train.pixels, data.test.pixels)
+    data = fake()
+    measure("noise of ten brightnesses", data.train.pixels, data.test.pixels)
+    if len(sys.argv) == 3:
+        data = folder(sys.argv[1], sys.argv[2], image_size=32, store_size=32)
+        some = [torch.randperm(len(x), generator=torch.Generator().manual_seed(1)) for x in (data.train, data.test)]
+        measure("CIFAR-10", data.train.pixels[some[0][:20_000]], data.test.pixels[some[1][:2000]])
+        measure("CIFAR-10", data.train.pixels, data.test.pixels)
+
+
+if __name__ == "__main__":
+    main()

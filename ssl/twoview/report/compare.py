@@ -1,0 +1,136 @@
+"""Runs side by side, judged on the same test images, with paired intervals of their differences."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from twoview import records
+from twoview.errors import UserError
+from twoview.evaluate.probes import bootstrap
+from twoview.report.pages import write_tables
+from twoview.report.tables import PROBES, Table, number, percent, with_interval
+
+log = logging.getLogger(__name__)
+
+FIGURES = {
+    "mAP": ("retrieval", "mean_average_precision"),
+    "recall@1": ("retrieval", "recall@1"),
+    "NMI": ("clustering", "nmi"),
+    "effective rank": ("geometry", "effective_rank"),
+    "uniformity": ("geometry", "uniformity"),
+    "alignment": ("geometry", "alignment"),
+    "diagnosis": ("geometry", "diagnosis"),
+}
+
+
+def compare(
+    runs: Sequence[str | Path], seed: int = 0, run_dir: str | Path = "run", resamples: int = 2000
+) -> dict[str, Any]:
+    """One table of finished runs, the differences from the first with paired bootstrap intervals.
+
+    Args:
+        runs: two or more folders with ``report.json`` and ``predictions.safetensors``, of the same test images.
+        seed: of the bootstrap.
+        run_dir: folder for ``report.json``, ``report.md`` and ``report.html``; made if missing.
+        resamples: of the test images.
+
+    Returns:
+        The comparison, as written: for each run its ``folder``, ``method``, ``seed`` and ``results``, and in
+        ``differences`` for each probe that it shares with the first run ``difference``, its accuracy less the first
+        run's, and ``interval``, that which holds 95 % of the differences over resampled test images.
+
+    Raises:
+        UserError: too few runs, one that is not finished, or other test images.
+    """
+    if isinstance(runs, str | Path) or len(runs) < 2:
+        raise UserError(f"runs={runs}: give two or more folders of finished runs, such as runs=[A,B]")
+    reports = [_read(Path(str(run)).expanduser()) for run in runs]
+    first_report, first = reports[0]
+    compared = []
+    for run, (report, predictions) in zip(runs, reports, strict=True):
+        if report["test_fingerprint"] != first_report["test_fingerprint"]:
+            raise UserError(
+                f"runs: {run} was judged on other test images ({report['data']}) than {runs[0]} "
+                f"({first_report['data']}); evaluate both on the same data"
+            )
+        differences = {}
+        for probe in predictions.keys() & first.keys() - {"labels"}:
+            right, before = (p[probe] == p["labels"] for p in (predictions, first))
+            paired = right.double() - before.double()
+            differences[probe] = {
+                "difference": float(paired.mean()),
+                "interval": bootstrap(paired.numpy(), resamples, seed),
+            }
+        kept = {key: report[key] for key in ("method", "backbone", "data", "seed", "commit", "results")}
+        compared.append({"folder": str(run), **kept, "differences": differences})
+    head = records.begin("compare", {**first_report, "method": "comparison"}, seed, Path(run_dir))
+    comparison = head | {"test_fingerprint": first_report["test_fingerprint"], "runs": compared}
+    title = f"{first_report['data']}: {len(compared)} runs"
+    write_tables(title, comparison_tables(comparison), Path(run_dir))
+    return records.write(comparison, Path(run_dir))
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
+    """The table of a comparison, and that of its differences."""
+    runs = comparison["runs"]
+    own = [next(iter(run["results"].values())) for run in runs]
+    probes = [probe for probe in PROBES if any(probe in results for results in own)]
+    sizes = list(dict.fromkeys(size for results in own for size in results.get("few_labels", {})))
+    figures = [name for name, (part, key) in FIGURES.items() if any(key in row.get(part, {}) for row in own)]
+    rows, differences = [], []
+    for run, results in zip(runs, own, strict=True):
+        cells = [f"{run['method']}, {run['backbone']['name']}, seed {run['seed']}: {run['folder']}"]
+        found = [results.get(probe) for probe in probes]
+        cells += [with_interval(x["test_top1"], x["interval"]) if x else "" for x in found]
+        few = [results.get("few_labels", {}).get(size) for size in sizes]
+        cells += [percent(x["mean"]) if x else "" for x in few]
+        cells += [number(results.get(part, {}).get(key)) for part, key in (FIGURES[name] for name in figures)]
+        rows.append(cells)
+        paired = [run["differences"].get(probe) for probe in probes]
+        differences.append([cells[0], *(_points(x) if x else "" for x in paired)])
+    names = [PROBES[probe] for probe in probes]
+    return [
+        Table(
+            "Runs",
+            ["run", *names, *(f"{size} labels" if size.endswith("%") else size for size in sizes), *figures],
+            rows,
+            "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only.",
+        ),
+        Table(
+            "Differences from the first run",
+            ["run", *names],
+            differences[1:],
+            "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds "
+            "0 is no difference. They leave out the spread over seeds.",
+        ),
+    ]
+
+
+def _points(found: Mapping[str, Any]) -> str:
+    low, high = (f"{100 * x:+.1f}" for x in found["interval"])
+    return f"{100 * found['difference']:+.1f} ({low} to {high})"
+
+
+def _read(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        report = json.loads((run / "report.json").read_text())
+        predictions = load_file(run / "predictions.safetensors")
+        labels = predictions["labels"]
+        whole = all(p.shape == labels.shape and p.dtype == torch.int64 for p in predictions.values())
+        if not whole or not {"test_fingerprint", "results"} <= report.keys():
+            raise ValueError("was written by another version")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"runs: {run} has no report.json with predictions.safetensors; give folders of finished runs, such as what "
+            "task=evaluate prints"
+        ) from error
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"runs: the report in {run} cannot be read ({error}); evaluate it anew") from error
+    return report, predictions
