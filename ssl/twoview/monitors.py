@@ -160,7 +160,8 @@ class FeatureCheck(L.Callback):
 
     def _check(self, pl_module: Pretraining) -> tuple[dict[str, float], str]:
         bank = extract(pl_module.method.backbone, self.bank, self.preprocess, pl_module.device)
-        rows = bank[: 10 * bank.shape[1]]
+        # From all over the bank: the first pictures of a folder are of one class.
+        rows = bank[torch.linspace(0, len(bank) - 1, min(len(bank), 10 * bank.shape[1])).long()]
         # RankMe wants 10 rows a dimension: with fewer, the figure is cut by them, so it is logged how many there were.
         figures = {"val/effective_rank": metrics.effective_rank(rows), "val/effective_rank_rows": float(len(rows))}
         words = f"effective rank {figures['val/effective_rank']:.1f} of {bank.shape[1]}"
