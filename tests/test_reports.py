@@ -15,12 +15,13 @@ import torch
 from conftest import SIZE, short_data
 from safetensors.torch import load_file
 
-from twoview import runs
+from twoview import records, runs
 from twoview.augment import TwoViews
 from twoview.backbones import create_backbone
 from twoview.data import ImageArrays, ImageData
 from twoview.errors import UserError
 from twoview.evaluate import Protocol
+from twoview.evaluate.structure import geometry
 from twoview.judging import FULL
 
 QUICK = replace(FULL, l2=(1e-2, 1e-3), k=(1, 5), bootstrap=200, shift_images=60, draws=2)
@@ -333,3 +334,17 @@ def test_probes_alone_measure_nothing_else(finished, tmp_path):
     )
     assert set(report["results"]["trained"]) == {"linear_sgd"}
     assert set(runs.knn(finished.folder, short_data, protocol, run_dir=tmp_path)["results"]["trained"]) == {"knn"}
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    written = records.write({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (2, None)}}, tmp_path)
+    assert written == {"a": None, "b": [1.5, None], "c": {"d": [2, None]}}
+    assert json.loads((tmp_path / "report.json").read_text()) == written
+
+
+def test_the_effective_rank_is_that_of_all_classes_in_whichever_order_they_lie():
+    generator = torch.Generator().manual_seed(0)
+    # Each of eight classes lies in a plane of its own; sorted by class, as a folder is.
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    parts = [torch.randn(300, 2, generator=generator) @ basis[2 * c : 2 * c + 2] for c in range(8)]
+    assert geometry(torch.cat(parts))["effective_rank"] > 15

@@ -136,9 +136,10 @@ def judged(
     found, evidence = measure(backbone, preprocess, card["backbone"], limits, images, protocol, seed, device, views)
     report = report | {"classes": images.classes, "test_fingerprint": fingerprint(images.test)} | found
     keep_evidence(evidence, images, run_dir)
+    report = records.write(report, run_dir)
     if report["task"] == "evaluate":
         write_pages(report, evidence, images, views, run_dir)
-    return records.write(report, run_dir)
+    return report
 
 
 def subject(

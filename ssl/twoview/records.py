@@ -1,6 +1,7 @@
 """What a run leaves to tell how it was made: ``report.json`` with command, commit, versions and machine."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -41,14 +42,22 @@ def begin(task: str, card: Mapping[str, Any], seed: int, run_dir: Path) -> dict[
 
 
 def write(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Write ``report.json`` whole or not at all, and return what it holds."""
+    """Write ``report.json`` whole or not at all, figures that are not finite as null, and return what it holds."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, allow_nan=False)
+    text = json.dumps(_finite(report), indent=2, allow_nan=False)
     temporary = run_dir / f"report.json.{os.getpid()}.tmp"
     temporary.write_text(text + "\n")
     temporary.replace(run_dir / "report.json")
     written: dict[str, Any] = json.loads(text)
     return written
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

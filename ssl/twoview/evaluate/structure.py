@@ -194,4 +194,4 @@ def _decay(shares: np.ndarray) -> float | None:
 
 
 def _sample(size: int, limit: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
