@@ -15,7 +15,7 @@ from twoview import records
 from twoview.errors import UserError
 from twoview.evaluate.probes import bootstrap
 from twoview.report.pages import write_tables
-from twoview.report.tables import PROBES, Table, number, percent, with_interval
+from twoview.report.tables import PROBES, Table, beside, number, percent, with_interval
 
 log = logging.getLogger(__name__)
 
@@ -79,37 +79,29 @@ def compare(
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     """The table of a comparison, and that of its differences."""
-    runs = comparison["runs"]
-    own = [next(iter(run["results"].values())) for run in runs]
-    probes = [probe for probe in PROBES if any(probe in results for results in own)]
-    sizes = list(dict.fromkeys(size for results in own for size in results.get("few_labels", {})))
-    figures = [name for name, (part, key) in FIGURES.items() if any(key in row.get(part, {}) for row in own)]
-    rows, differences = [], []
-    for run, results in zip(runs, own, strict=True):
-        cells = [f"{run['method']}, {run['backbone']['name']}, seed {run['seed']}: {run['folder']}"]
-        found = [results.get(probe) for probe in probes]
-        cells += [with_interval(x["test_top1"], x["interval"]) if x else "" for x in found]
-        few = [results.get("few_labels", {}).get(size) for size in sizes]
-        cells += [percent(x["mean"]) if x else "" for x in few]
-        cells += [number(results.get(part, {}).get(key)) for part, key in (FIGURES[name] for name in figures)]
-        rows.append(cells)
-        paired = [run["differences"].get(probe) for probe in probes]
-        differences.append([cells[0], *(_points(x) if x else "" for x in paired)])
-    names = [PROBES[probe] for probe in probes]
+    columns: dict[str, dict[str, str]] = {}
+    differences: dict[str, dict[str, str]] = {}
+    for place, run in enumerate(comparison["runs"], 1):
+        results = next(iter(run["results"].values()))
+        name = f"{place}. {run['method']}"
+        columns[name] = cells = {"backbone": run["backbone"]["name"], "seed": str(run["seed"])}
+        found = {PROBES[probe]: results[probe] for probe in PROBES if probe in results}
+        cells |= {probe: with_interval(x["test_top1"], x["interval"]) for probe, x in found.items()}
+        few = results.get("few_labels", {})
+        cells |= {f"{size} labels" if size.endswith("%") else size: percent(x["mean"]) for size, x in few.items()}
+        cells |= {figure: number(results.get(part, {}).get(key)) for figure, (part, key) in FIGURES.items()}
+        if place > 1:
+            paired = {PROBES[probe]: x for probe, x in run["differences"].items() if probe in PROBES}
+            differences[name] = {probe: _points(x) for probe, x in paired.items()}
+    folders = "\n".join(f"{place}. {run['folder']}" for place, run in enumerate(comparison["runs"], 1))
+    note = "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only."
+    apart = (
+        "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds 0 is no "
+        "difference. They leave out the spread over seeds."
+    )
     return [
-        Table(
-            "Runs",
-            ["run", *names, *(f"{size} labels" if size.endswith("%") else size for size in sizes), *figures],
-            rows,
-            "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only.",
-        ),
-        Table(
-            "Differences from the first run",
-            ["run", *names],
-            differences[1:],
-            "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds "
-            "0 is no difference. They leave out the spread over seeds.",
-        ),
+        beside(f"{comparison['data']}: {len(columns)} runs", columns, f"{note}\n{folders}"),
+        beside("Differences from the first run", differences, apart),
     ]
 
 

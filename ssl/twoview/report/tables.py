@@ -38,7 +38,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     for part, (cells_of, note) in parts.items():
         columns = {name: cells_of(row[part]) for name, row in _named(report) if part in row}
         if columns:
-            found.append(_beside(part.replace("_", " ").capitalize(), columns, note))
+            found.append(beside(part.replace("_", " ").capitalize(), columns, note))
     if any("invariance" in row for _, row in _named(report)):
         found.append(_invariance({name: row["invariance"] for name, row in _named(report) if "invariance" in row}))
     if "integrity" in report:
@@ -58,10 +58,11 @@ def _named(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(report["method"] if name == "trained" else name, row) for name, row in rows]
 
 
-def _beside(title: str, columns: Mapping[str, Mapping[str, str]], note: str) -> Table:
-    """A row a figure, a column a source of features."""
+def beside(title: str, columns: Mapping[str, Mapping[str, str]], note: str) -> Table:
+    """A row a figure, a column a source of features; rows that are empty throughout are left out."""
     keys = dict.fromkeys(key for cells in columns.values() for key in cells)
     rows = [[key, *(cells.get(key, "") for cells in columns.values())] for key in keys]
+    rows = [row for row in rows if any(row[1:])]
     return Table(title, ["", *columns], rows, note)
 
 
@@ -94,7 +95,7 @@ def _accuracies(report: Mapping[str, Any]) -> Table:
         note = f"{labels:,} of {report['protocol']['train_images']:,} training labels used. {note}"
     if training := report.get("training"):
         note += f"\n{training['images_seen']:,} images seen in {training['seconds'] / 60:.1f} minutes"
-    return _beside(title, columns, note)
+    return beside(title, columns, note)
 
 
 def _chosen(result: Mapping[str, Any]) -> str:
