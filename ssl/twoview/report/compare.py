@@ -91,13 +91,13 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
         cells |= {f"{size} labels" if size.endswith("%") else size: percent(x["mean"]) for size, x in few.items()}
         cells |= {figure: number(results.get(part, {}).get(key)) for figure, (part, key) in FIGURES.items()}
         if place > 1:
-            paired = {PROBES[probe]: x for probe, x in run["differences"].items() if probe in PROBES}
-            differences[name] = {probe: _points(x) for probe, x in paired.items()}
+            paired = run["differences"]
+            differences[name] = {PROBES[probe]: _points(paired[probe]) for probe in PROBES if probe in paired}
     folders = "\n".join(f"{place}. {run['folder']}" for place, run in enumerate(comparison["runs"], 1))
     note = "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only."
     apart = (
-        "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds 0 is no "
-        "difference. They leave out the spread over seeds."
+        "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds 0 is "
+        "no difference. They leave out the spread over seeds."
     )
     return [
         beside(f"{comparison['data']}: {len(columns)} runs", columns, f"{note}\n{folders}"),

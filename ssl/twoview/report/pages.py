@@ -103,12 +103,12 @@ def _markdown_cell(text: str) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    hardware, backbone = report["hardware"], report["backbone"]
+    hardware = report["hardware"]
     machine = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
     return [
         ("command", report["command"]),
         ("checkpoint", report["checkpoint"]),
-        ("backbone", f"{backbone['name']}, {backbone['in_chans']} channels, {backbone['image_size']} pixels"),
+        ("backbone", json.dumps(report["backbone"])),
         ("data", f"{report['data']}, test images {report['test_fingerprint']}"),
         ("seed", str(report["seed"])),
         ("commit", report["commit"] or "installed"),

@@ -145,7 +145,7 @@ def show(table: Table) -> None:
             escape(name), justify="right" if place else "left", no_wrap=place > 0 and len(table.header) < 5
         )
     for row in table.rows:
-        shown.add_row(*map(escape, row))
+        shown.add_row(*(escape(text.replace(" (", "\n(")) for text in row))  # narrow enough for a terminal
     rich.print(shown)
 
 
