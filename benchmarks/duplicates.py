@@ -4,38 +4,24 @@ python benchmarks/duplicates.py                       # digits and noise
 python benchmarks/duplicates.py CIFAR10/train CIFAR10/test  # and 20,000 + 2,000 pictures of two folders
 """
 
-import io
 import sys
+from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from twoview.data import ImageArrays, digits, fake, folder
-from twoview.evaluate.overlap import shared_images, thumbnails
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from test_overlap import arrays, reencoded
 
-
-def reencoded(pixels, quality=60):
-    images = []
-    for image in pixels:
-        file = io.BytesIO()
-        array = image.permute(1, 2, 0).numpy()
-        Image.fromarray(array[:, :, 0] if len(image) == 1 else array).save(file, "JPEG", quality=quality)
-        again = torch.from_numpy(np.asarray(Image.open(file)).copy())
-        images.append(again[None] if len(image) == 1 else again.permute(2, 0, 1))
-    return torch.stack(images)
-
-
-def thumbs(pixels):
-    return thumbnails(ImageArrays(pixels, torch.zeros(len(pixels), dtype=torch.long)))
+from twoview.data import digits, fake, folder
+from twoview.evaluate.overlap import shared_images
 
 
 def measure(name, train, clean, planted=500):
     copies = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:planted]
-    bank = thumbs(train)
-    pairs = {pair.test: pair.train for pair in shared_images(bank, thumbs(reencoded(train[copies])))}
+    bank = arrays(train)
+    pairs = {pair.test: pair.train for pair in shared_images(bank, arrays(reencoded(train[copies])))}
     found = sum(pairs.get(i) == int(copy) for i, copy in enumerate(copies))
-    alarms = len(shared_images(bank, thumbs(clean)))
+    alarms = len(shared_images(bank, arrays(clean)))
     print(f"| {name}, {len(train):,} training images | {len(copies)} | {found} | {len(clean):,} | {alarms} |")
 
 
