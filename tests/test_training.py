@@ -132,7 +132,7 @@ def test_features_that_are_all_alike_have_no_invariance():
 
 
 def tuned(finished, run_dir, **changes):
-    short = {"epochs": 3, "batch_size": 32, "learning_rates": (1e-5, 3e-3), "label_share": 0.2}
+    short = {"epochs": 3, "least_steps": 0, "batch_size": 32, "learning_rates": (1e-5, 3e-3), "label_share": 0.2}
     tuning = FineTuning(**(short | changes))
     data = partial(digits, image_size=16)
     return finetune(
@@ -163,6 +163,7 @@ def test_fine_tuning_uses_a_share_of_the_labels_and_chooses_on_held_out_ones(fin
         ({"label_share": 0.0}, "label_share=0.0"),
         ({"label_share": 1.5}, "label_share=1.5"),
         ({"epochs": 0}, "epochs=0"),
+        ({"least_steps": -1}, "least_steps=-1"),
         ({"batch_size": 1}, "batch_size=1"),
         ({"learning_rates": ()}, r"learning_rates=\[\]"),
         ({"learning_rates": (-1.0,)}, r"learning_rates=\[-1.0\]"),

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ class FineTuning:
     Args:
         label_share: share of the training labels that is used, in (0, 1]; the same images for every run.
         epochs: passes over them, at least 1.
+        least_steps: more epochs where few labels would make fewer steps than this, without which a network from random
+            initialisation has no chance.
         batch_size: images a step, at least 2.
         learning_rates: those that are tried on the held-out part.
         holdout: share of the used labels that the learning rate is chosen on, in (0, 1).
@@ -47,6 +50,7 @@ class FineTuning:
 
     label_share: float = 1.0
     epochs: int = 30
+    least_steps: int = 300
     batch_size: int = 128
     learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
     holdout: float = 0.2
@@ -56,7 +60,7 @@ class FineTuning:
         for knob, high in (("label_share", 1.0), ("holdout", 0.99)):
             if not 0 < getattr(self, knob) <= high:
                 raise UserError(f"finetune.{knob}={getattr(self, knob)}: give a share above 0, up to {high:g}")
-        for knob, least in (("epochs", 1), ("batch_size", 2)):
+        for knob, least in (("epochs", 1), ("least_steps", 0), ("batch_size", 2)):
             if getattr(self, knob) < least:
                 raise UserError(f"finetune.{knob}={getattr(self, knob)}: must be at least {least}")
         if not self.learning_rates or not all(lr > 0 for lr in self.learning_rates):
@@ -190,12 +194,14 @@ def train_and_predict(
             network = nn.Sequential(copy.deepcopy(backbone), nn.Linear(width, classes)).to(device)
             network.to(memory_format=torch.channels_last).train()
             optimizer = replace(optimization, lr=lr).build(network, tuning.batch_size)
-            for batch, progress, key in shuffled(images, used, tuning.batch_size, tuning.epochs, seed):
+            a_pass = max(1, len(used) // tuning.batch_size)
+            epochs = max(tuning.epochs, math.ceil(tuning.least_steps / a_pass))
+            for batch, progress, key in shuffled(images, used, tuning.batch_size, epochs, seed):
                 view = views(batch.pixels.to(device), key)[0].to(memory_format=torch.channels_last)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = F.cross_entropy(network(view).float(), batch.labels.to(device))
                 for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * schedule(progress * tuning.epochs, tuning.epochs)
+                    group["lr"] = group["base_lr"] * schedule(progress * epochs, epochs)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
