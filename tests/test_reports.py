@@ -263,7 +263,11 @@ def test_timm_and_random_networks_are_judged(tmp_path):
     assert report["backbone"]["stem"] == "timm"
     first, again = (evaluate(tmp_path / name, "random:test_resnet", data, short) for name in "bc")
     assert first["results"] == again["results"]
-    assert first["method"] == "random initialisation"
+    assert first["method"] == "random test_resnet"
+    # The same network as its own baseline: two columns, the same figures.
+    report = evaluate(tmp_path / "d", "random:test_resnet", data, replace(short, baselines=True))
+    assert report["results"]["trained"] == report["results"]["random initialisation"]
+    assert "| random test\\_resnet | random initialisation | raw pixels |" in (tmp_path / "d" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def subject(
             told = str(error).replace("backbone.pretrained=true", f"checkpoint={checkpoint}")
             raise UserError(told.replace("backbone.weights", "weights")) from error
         card = {
-            "method": "random initialisation" if kind == "random" else f"timm {name}",
+            "method": f"{kind} {name}",  # another name than that of the baseline
             "backbone": build_arguments(backbone),
             "mean": mean,
             "std": std,
