@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,6 +272,20 @@ def test_checks_of_a_part_see_every_class():
     for part in (check.bank, check.held_out):
         assert len(part) == 200
         assert len(part.labels.unique()) == 10
+
+
+def test_the_effective_rank_of_a_check_is_that_of_all_classes():
+    labels = torch.arange(8).repeat_interleave(300)  # class by class, as pictures of a folder lie
+    images = ImageArrays((labels * 30).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), labels)
+
+    class Level(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot((x[:, 0, 0, 0] / 30).long(), 8).float()
+
+    check = FeatureCheck(images, torch.arange(2400), None, 8, nn.Identity(), None)
+    shell = SimpleNamespace(method=SimpleNamespace(backbone=Level()), device="cpu")
+    figures, _ = check._check(shell)
+    assert figures["val/effective_rank"] == pytest.approx(8, rel=1e-3)
 
 
 def test_the_probe_takes_sizes_from_the_checkpoint_and_refuses_others(finished, tmp_path):
