@@ -86,7 +86,7 @@ class ImageArrays(Dataset[Batch]):
         return replace(self, labels=labels)
 
     def moments(self) -> Tensor:
-        """float64 ``[N, 2, C]``, mean and mean square of each image's channels on the scale [0, 1]."""
+        """float64 ``[N, 3, C]``, the statistics of each image; see :func:`moments`."""
         return moments(self.pixels)
 
 
@@ -122,18 +122,23 @@ class Images(Protocol):
         """The same images with other labels."""
 
     def moments(self) -> Tensor:
-        """float64 ``[N, 2, C]``, mean and mean square of each image's channels on the scale [0, 1]."""
+        """float64 ``[N, 3, C]``, the statistics of each image; see :func:`moments`."""
 
 
 def moments(pixels: Tensor) -> Tensor:
-    """float64 ``[N, 2, C]``, mean and mean square of each channel of uint8 ``[N, C, H, W]`` on the scale [0, 1]."""
-    known = []
+    """Statistics of uint8 ``[N, C, H, W]`` on the scale [0, 1], float64 ``[N, 3, C]``.
+
+    Of each channel the mean, the mean square, and the mean with fixed random weights, which tells an image from a
+    mirrored or turned one.
+    """
+    known, places = [], pixels.shape[2] * pixels.shape[3]
+    weights = torch.rand(places, generator=torch.Generator().manual_seed(0))
     for part in pixels.split(max(1, 2**22 // max(1, pixels[:1].numel()))):
         values = part.cpu().flatten(2).float().div_(255)
         known.append(
-            torch.stack([values.mean(2, dtype=torch.float64), values.square().mean(2, dtype=torch.float64)], 1)
+            torch.stack([x.mean(2, dtype=torch.float64) for x in (values, values.square(), values * weights)], 1)
         )
-    return torch.cat(known) if known else torch.zeros(0, 2, pixels.shape[1], dtype=torch.float64)
+    return torch.cat(known) if known else torch.zeros(0, 3, pixels.shape[1], dtype=torch.float64)
 
 
 def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -275,7 +280,7 @@ class ImageData(L.LightningDataModule):
     @cached_property
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over the images to learn from, on the scale [0, 1]."""
-        mean, square = self._moments.mean(0)
+        mean, square = self._moments[:, :2].mean(0)
         return mean.tolist(), (square - mean**2).clamp(min=1e-6).sqrt().tolist()
 
     @cached_property

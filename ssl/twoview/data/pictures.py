@@ -96,7 +96,7 @@ class Pictures(Dataset[Batch]):
         return same
 
     def moments(self) -> Tensor:
-        """float64 ``[N, 2, C]``, mean and mean square of each picture's channels on the scale [0, 1]."""
+        """float64 ``[N, 3, C]``, the statistics of each picture; see :func:`twoview.data.images.moments`."""
         if self.known_moments is None:
             self.known_moments = torch.cat([moments(batch.pixels) for batch in in_order(self)])
         return self.known_moments
