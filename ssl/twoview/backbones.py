@@ -39,6 +39,7 @@ def create_backbone(
     pretrained: bool = False,
     partial_weights: bool = False,
     options: Mapping[str, Any] | None = None,
+    small_patches: bool = True,
 ) -> tuple[nn.Module, int]:
     """Build a timm network without its classifier.
 
@@ -56,6 +57,7 @@ def create_backbone(
         pretrained: load timm's published weights.
         partial_weights: allow ``weights`` that do not cover every tensor of the network.
         options: further arguments of the timm constructor, such as ``{"drop_path_rate": 0.1}``.
+        small_patches: transformers have eight patches a side at 64 pixels and below, unless weights are loaded.
 
     Returns:
         The network and the width F of its features, measured by a dry run. ``network.build_arguments`` are plain
@@ -76,7 +78,7 @@ def create_backbone(
     if in_chans < 1:
         raise UserError(f"data.channels={in_chans}: must be at least 1")
     network, used = _build(
-        name, in_chans, image_size, pretrained, from_scratch=not (weights or pretrained), options=options
+        name, in_chans, image_size, pretrained, small_patches and not (weights or pretrained), options=options
     )
     if stem == "auto":
         small = isinstance(network, ResNet) and image_size <= SMALL_IMAGE and not (weights or pretrained)
@@ -91,6 +93,7 @@ def create_backbone(
         "image_size": image_size,
         "stem": stem,
         "options": {**(options or {}), **used},
+        "small_patches": small_patches and not (weights or pretrained),
     }
     return network, feature_width(network, in_chans, image_size, given)
 
