@@ -127,6 +127,21 @@ def test_without_batchnorm_one_scale_serves_all_features():
     np.testing.assert_allclose(thousandfold["linear_without_bn"].probabilities, ours.probabilities, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_without_batchnorm_dead_dimensions_have_no_say(scale):
+    features, labels = blobs(spread=3.0)
+    protocol = Protocol(l2=(1e-2,))
+    found = []
+    for dead in (0, 24):
+        wide = scale * torch.cat([features, torch.full((200, dead), 0.7)], 1)
+        probe = predict(Labelled(wide, labels), wide, protocol, 0, ["linear_without_bn"], 4)["linear_without_bn"]
+        found.append(probe.probabilities)
+    # The mean deviation is over all dimensions: a penalty of a quarter counts as much with four times as many.
+    alone = predict(Labelled(features, labels), features, Protocol(l2=(2.5e-3,)), 0, ["linear_without_bn"], 4)
+    np.testing.assert_allclose(found[1], alone["linear_without_bn"].probabilities, atol=2e-3)
+    assert (found[0] - found[1]).abs().max() < 0.2
+
+
 @pytest.mark.parametrize("constant", [0.0, 3.3])
 def test_constant_features_get_a_probe_that_says_the_most_frequent_class(constant):
     labels = torch.tensor([0, 1, 1, 2, 1] * 6)

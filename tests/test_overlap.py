@@ -68,6 +68,13 @@ def test_features_bring_candidates_that_pixels_miss():
     assert [pair.train for pair in shared_images(arrays(train), arrays(test), (features, features[7:8]))] == [7]
 
 
+def test_an_image_that_training_holds_many_times_is_found():
+    train = scenes(50)
+    copies = torch.cat([reencoded(train[:1], quality) for quality in (95, 90, 85, 80, 75, 70)])
+    found = shared_images(arrays(torch.cat([train[1:], copies])), arrays(train[:1]))
+    assert [pair.train >= 49 for pair in found] == [True]
+
+
 def test_equal_images_of_two_are_the_first():
     train = scenes(5)
     train = torch.cat([train, train])

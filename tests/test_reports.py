@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from twoview import records, runs
 from twoview.augment import TwoViews
-from twoview.backbones import create_backbone
+from twoview.backbones import build_arguments, create_backbone
 from twoview.data import ImageArrays, ImageData
 from twoview.errors import UserError
 from twoview.evaluate import Protocol
@@ -233,6 +233,34 @@ def test_a_test_set_of_one_class_is_judged(finished, tmp_path):
     assert row["linear"]["balanced"] == pytest.approx(row["linear"]["test_top1"])
     assert row["retrieval"]["mean_average_precision"] == 1
     assert row["linear"]["per_class"].count(None) == 9
+
+
+def test_data_of_one_class_are_judged(finished, tmp_path):
+    data = short_data()
+    train, test = (x.with_labels(torch.zeros(len(x), dtype=torch.long)) for x in (data.train, data.test))
+    report = evaluate(tmp_path, finished.folder, ImageData(train, train, test, ["all\udcff\x01"], 128))
+    assert report["results"]["trained"]["linear"]["test_top1"] == 1
+    assert (tmp_path / "report.html").exists()
+
+
+def test_turned_images_are_other_images(evaluated, finished, tmp_path):
+    data = short_data()
+    turned = ImageArrays(data.test.pixels.rot90(2, (2, 3)).contiguous(), data.test.labels)
+    assert data.test.moments()[:, :2].sum() == pytest.approx(float(turned.moments()[:, :2].sum()))
+    protocol = replace(evaluated.protocol, parts=("knn",), baselines=False)
+    report = evaluate(tmp_path, finished.folder, ImageData(data.train, data.train, turned, data.classes, 128), protocol)
+    assert report["results"]["trained"]["knn"]["test_top1"] < 0.7
+    assert report["test_fingerprint"] != evaluated.report["test_fingerprint"]
+
+
+def test_the_baseline_of_a_network_with_weights_is_the_same_network(tmp_path):
+    network, _ = create_backbone("test_vit", 3, 32, small_patches=False)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    loaded, _ = create_backbone("test_vit", 3, 32, weights=tmp_path / "weights.pt")
+    again, _ = create_backbone(**build_arguments(loaded))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in loaded.state_dict().items()}
+    smaller, _ = create_backbone("test_vit", 3, 32)
+    assert smaller.patch_embed.patch_size != loaded.patch_embed.patch_size
 
 
 def test_another_architecture_is_refused(finished, tmp_path):

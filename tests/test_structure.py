@@ -187,6 +187,14 @@ def test_planted_collapse_is_diagnosed(kind, diagnosis):
     assert diagnose(found) == {"diagnosis": diagnosis, "words": found["words"]}
 
 
+def test_a_dimension_that_outweighs_many_is_no_collapse():
+    features = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    features[:, 7] *= 10
+    found = geometry(features)
+    assert found["directions"] < 3.5
+    assert found["diagnosis"] == "healthy"
+
+
 def test_constant_features_have_no_decay_and_only_dead_dimensions():
     found = geometry(torch.full((20, 5), 3.3))
     assert (found["decay"], found["dead"], found["directions"]) == (None, 5, 0.0)

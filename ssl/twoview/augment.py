@@ -95,7 +95,7 @@ class TwoViews(nn.Module):
                 f", crops from {least_crop:g} of the area" if least_crop else "",
                 ", ".join(f"{knob} to {recipe[knob]}" for knob in left_out),
             )
-        self.channels = channels
+        self.image_size, self.channels = image_size, channels
         self.operations_a = _operations(recipe, image_size)
         self.operations_b = None if other == recipe else _operations(other, image_size)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)

@@ -261,7 +261,9 @@ def _print_report(report: Mapping[str, Any]) -> None:
     print("report: " + ", ".join(f"{folder}/{name}" for name in pages if (Path(folder) / name).exists()))
     if report["task"] == "pretrain":
         given = HydraConfig.get().overrides.task
-        same = [o for o in given if o.startswith(("data.", "eval.", "seed=")) and o.split("=")[0] not in _PRETRAIN_ONLY]
+        # eval=full has the knobs of eval=default, not those of others.
+        kinds = ("data.", "seed=", *(["eval."] if HydraConfig.get().runtime.choices["eval"] == "default" else []))
+        same = [o for o in given if o.startswith(kinds) and o.split("=")[0] not in _PRETRAIN_ONLY]
         words = [
             "task=evaluate",
             f"data={HydraConfig.get().runtime.choices['data']}",

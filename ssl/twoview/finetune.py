@@ -184,7 +184,9 @@ def train_and_predict(
         seed: of the classifier, order, draws and held-out split.
         device: where to compute.
     """
-    fit, held = (positions[part] for part in split_holdout(images.labels[positions], tuning.holdout, seed))
+    fit, held = (
+        positions[part] for part in split_holdout(images.labels[positions], tuning.holdout, seed, "finetune.holdout")
+    )
     bf16 = choose_precision("auto", backbone, device) == "bf16-mixed"
 
     def trained(used: Tensor, lr: float) -> nn.Module:

@@ -25,7 +25,8 @@ def key(*parts: Any) -> str:
     digest = hashlib.blake2b(_code() + torch.__version__.encode(), digest_size=16)
     for part in parts:
         if isinstance(part, nn.Module):
-            digest.update(repr(part).encode())  # weights alone do not tell two architectures apart
+            # Weights alone do not tell two architectures apart.
+            digest.update(repr((part, getattr(part, "build_arguments", None))).encode())
             plain = {name: value for name, value in vars(part).items() if isinstance(value, int | float | str)}
             digest.update(repr(sorted(plain.items())).encode())
             for name, value in part.state_dict().items():

@@ -57,10 +57,12 @@ def augmented(
         fp32 ``[N, F]`` for each view.
     """
     views.to(device)
-    parts = []
+    # What probes see is the centre of what is stored.
+    parts, side = [], min(views.image_size, images.size)
+    top = (images.size - side) // 2
     with evaluating(backbone, device) as features_of:
         for number, batch in enumerate(in_order(images, batch_size)):
-            both = views(batch.pixels.to(device), key=(seed, number))
+            both = views(batch.pixels[..., top : top + side, top : top + side].to(device), key=(seed, number))
             parts.append([features_of(view) for view in both[:count]])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 

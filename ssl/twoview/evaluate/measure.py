@@ -125,8 +125,8 @@ def measure(
     results = {"trained": trained}
     for name, network in baselines.items():
         make = partial(lambda *source: judged(*source)[0], name, network)
-        parts_of = (name, network, preprocess, train, test, views, asdict(protocol), classes, seed, str(device))
-        results[name] = kept(protocol.cache, partial(key, *parts_of), make)
+        others = (asdict(protocol), classes, seed, str(device), images.batch_size, images.mirror, images.least_crop)
+        results[name] = kept(protocol.cache, partial(key, name, network, preprocess, train, test, views, *others), make)
     report = {
         "results": results,
         "protocol": {**asdict(protocol), "train_images": len(train), "test_images": len(test)},
@@ -135,7 +135,7 @@ def measure(
     if "integrity" in parts:
         features = (evidence.train, evidence.test)
         evidence.shared["train"] = shared_images(small["train"], small["test"], features)
-        if len(images.pretrain) != len(train):
+        if images.pretrain is not train:
             evidence.shared["pretrain"] = shared_images(thumbnails(images.pretrain), small["test"])
         report["integrity"] = _integrity(evidence, test.labels)
     return report, evidence

@@ -13,7 +13,7 @@ from twoview.metrics import knn_neighbours
 SIDE = 32  # pixels a side at which images are compared
 # Of re-encoded images and of others, how many lie within these bounds is in docs/evaluation.md.
 DIFFERENCE = 18.0
-SURE = 4.0
+SURE = 8.0
 NEXT = 3.0
 CORRELATION = 0.85
 CANDIDATES = 5
@@ -53,7 +53,7 @@ def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, T
 
     Equal hashes are exact. Else the five training images that are most similar in 8x8 pixels, and the five in features,
     are compared pixel by pixel, in grey where they have colours. Near is a correlation above 0.85 and a root mean
-    square difference below 18 of 255 that is below 4, or below a third of that of the farthest of the first five: of
+    square difference below 18 of 255 that is below 8, or below a third of that of the farthest of the first five: of
     images that are alike by nature, such as digits, the nearest is not much nearer than the next ones. Mirrored or cut
     images are not looked for.
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy import stats
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -47,13 +46,14 @@ class Prediction(NamedTuple):
     classify: Callable[[Tensor], Tensor] | None = None
 
 
-def split_holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_holdout(labels: Tensor, share: float, seed: int, knob: str = "eval.holdout") -> tuple[Tensor, Tensor]:
     """Positions to fit on and positions held out, fixed by ``seed``, each class in proportion where it has two images.
 
     Args:
         labels: int64 ``[N]``.
         share: held out, in (0, 1).
         seed: of the split.
+        knob: that gave the share, for a message.
 
     Returns:
         int64 positions ``[N - h]`` and ``[h]``, ascending.
@@ -61,9 +61,7 @@ def split_holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tens
     try:
         return split_labels(labels, share, seed)
     except ValueError as error:
-        raise UserError(
-            f"eval.holdout={share}: cannot hold out that share of {len(labels)} labels ({error})"
-        ) from error
+        raise UserError(f"{knob}={share}: cannot hold out that share of {len(labels)} labels ({error})") from error
 
 
 def predict(
@@ -115,15 +113,16 @@ def score(prediction: Prediction, labels: Tensor, classes: int, protocol: Protoc
         "per_class": [f / n if n else None for f, n in zip(found.tolist(), counts.tolist(), strict=True)],
     }
     if prediction.probabilities is not None:
-        error = multiclass_calibration_error(prediction.probabilities, labels, classes, n_bins=15, norm="l1")
+        probabilities = F.pad(prediction.probabilities, (0, int(classes == 1)))  # torchmetrics wants two classes
+        error = multiclass_calibration_error(probabilities, labels, max(classes, 2), n_bins=15, norm="l1")
         result["calibration_error"] = float(error)
     return result
 
 
 def confusion(prediction: Prediction, labels: Tensor, classes: int) -> np.ndarray:
     """int64 ``[C, C]``: how many images of each class (row) were taken for each (column)."""
-    table: np.ndarray = confusion_matrix(labels, prediction.classes, labels=np.arange(classes))
-    return table
+    table: np.ndarray = (labels * classes + prediction.classes).bincount(minlength=classes**2).numpy()
+    return table.reshape(classes, classes)
 
 
 def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
@@ -209,9 +208,7 @@ def _linear(
     grid = sorted(protocol.l2, reverse=True)
 
     def fitted(images: Labelled, l2: Sequence[float]) -> tuple[Tensor, bool]:
-        scale, weights = _deviation(images.features), None
-        if not batch_norm:  # one scale for all dimensions, so that a penalty means the same for all features
-            scale = scale.square().mean().sqrt().expand_as(scale)
+        scale, weights = _deviation(images.features, batch_norm), None
         if protocol.class_weights == "balanced":
             counts = images.labels.bincount(minlength=classes)
             weights = len(images.labels) / ((counts > 0).sum() * counts.clamp(min=1))
@@ -225,10 +222,12 @@ def _linear(
     return linear_prediction(probes[0], test, chosen)
 
 
-def _deviation(features: Tensor) -> Tensor:
-    """Deviation of each feature, 1 where it is constant but for rounding."""
+def _deviation(features: Tensor, each: bool = True) -> Tensor:
+    """Deviation of each feature, or one for all, by which a penalty means the same at any scale; 1 where it is 0."""
     mean, deviation = features.mean(0), features.std(0, correction=0)
-    return torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
+    deviation = deviation.where(deviation > 1e-6 * mean.abs(), 0.0)  # constant but for rounding
+    deviation = deviation if each else deviation.square().mean().sqrt().expand_as(deviation)
+    return deviation.where(deviation > 0, 1.0)
 
 
 def fit_linear(

@@ -31,8 +31,9 @@ class Protocol:
         holdout: share of the training labels that every choice is made on, in (0, 1).
         l2: strengths of the linear probe's L2 penalty, relative to the mean cross-entropy.
         max_iterations: of L-BFGS; whether it converged is reported.
-        label_smoothing: of the linear probes, in [0, 1).
-        class_weights: "balanced" weighs each class alike, however many images it has, in fits and in choices.
+        label_smoothing: of ``linear`` and ``linear_without_bn``, in [0, 1).
+        class_weights: "balanced" weighs each class alike, however many images it has, in the fits of these and in the
+            choices of these and of ``knn``.
         k: numbers of neighbours.
         temperature: of the neighbours' votes.
         labels_per_class: numbers of labelled images a class that few-label probes are fitted on.

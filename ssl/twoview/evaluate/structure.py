@@ -163,21 +163,23 @@ def mean_similarity(features: Tensor) -> float:
 
 
 def diagnose(figures: dict[str, Any]) -> dict[str, str]:
-    """Collapse in plain words, from ``spread``, ``directions``, ``dead`` and ``width`` of :func:`geometry`.
+    """Collapse in plain words, from what :func:`geometry` finds.
 
     "collapsed": a spread below 0.01, or the variance in fewer than 1.5 directions; "partly collapsed": in fewer than
-    3.5, or more than half of the dimensions dead; else "healthy".
+    3.5, or more than half of the dimensions dead; else "healthy". Few directions count where the effective rank is
+    below 8 or a quarter of the width.
 
     Returns:
         ``diagnosis`` and a sentence, ``words``.
     """
     spread, directions, dead, width = (figures[key] for key in ("spread", "directions", "dead", "width"))
+    low = figures["effective_rank"] < max(8, width / 4)  # else one direction outweighs many others
     diagnosis, words = "healthy", f"the features vary along {directions:.1f} of {width} directions"
     if spread < LEAST_SPREAD:
         diagnosis, words = "collapsed", f"all images get nearly the same features (spread {spread:.2g} of their length)"
-    elif directions < ONE_DIRECTION:
+    elif low and directions < ONE_DIRECTION:
         diagnosis, words = "collapsed", f"the features vary along one direction alone ({directions:.2f} of {width})"
-    elif directions < FEW_DIRECTIONS:
+    elif low and directions < FEW_DIRECTIONS:
         diagnosis, words = "partly collapsed", f"the features vary along {directions:.1f} of {width} directions alone"
     elif 2 * dead > width:
         diagnosis, words = "partly collapsed", f"{dead} of {width} dimensions never change"

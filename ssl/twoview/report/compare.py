@@ -58,7 +58,7 @@ def compare(
         if report["test_fingerprint"] != first_report["test_fingerprint"]:
             raise UserError(
                 f"runs: {run} was judged on other test images ({report['data']}) than {runs[0]} "
-                f"({first_report['data']}); evaluate both on the same data"
+                f"({first_report['data']}), or at another data.image_size; evaluate both on the same"
             )
         differences = {}
         for probe in predictions.keys() & first.keys() - {"labels"}:
@@ -94,7 +94,10 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
             paired = run["differences"]
             differences[name] = {PROBES[probe]: _points(paired[probe]) for probe in PROBES if probe in paired}
     folders = "\n".join(f"{place}. {run['folder']}" for place, run in enumerate(comparison["runs"], 1))
-    note = "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only."
+    note = (
+        "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only, alignment runs that "
+        "were evaluated with the same augment."
+    )
     apart = (
         "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds 0 is "
         "no difference. They leave out the spread over seeds."

@@ -146,7 +146,8 @@ def _pictures(report: Mapping[str, Any], evidence: Evidence, images: ImageData, 
     assert images.test is not None
     checkpoint = Path(report["checkpoint"])
     found = []
-    if curves := pictures.curves(checkpoint.parent.parent / "metrics.csv"):
+    curves = pictures.curves(checkpoint.parent.parent / "metrics.csv")
+    if checkpoint.parent.name == "checkpoints" and curves:
         found.append(Picture("Training", curves))
     if spectra := pictures.spectra(report["results"], report["method"]):
         found.append(Picture("Spectrum", spectra, "Straight and flat is spread out; a cliff is collapse."))
@@ -156,8 +157,10 @@ def _pictures(report: Mapping[str, Any], evidence: Evidence, images: ImageData, 
         found.append(Picture("Confusion", source, "Per cent of each class's test images, by the linear probe."))
     some = _some(len(images.test), MAPPED)
     kind = report["protocol"]["map"]
-    source = pictures.feature_map(evidence.test[some], images.test.labels[some], images.classes, kind, report["seed"])
-    found.append(Picture("Map of the features", source, f"{len(some):,} test images."))
+    if len(some) > 1:
+        labels = images.test.labels[some]
+        source = pictures.feature_map(evidence.test[some], labels, images.classes, kind, report["seed"])
+        found.append(Picture("Map of the features", source, f"{len(some):,} test images."))
     originals = images.test[some[:6].tolist()].pixels.cpu()
     grid = pictures.picture_of_views(
         fit_size(originals, report["backbone"]["image_size"]), views.cpu(), 4, report["seed"]

@@ -82,7 +82,7 @@ def curves(metrics: Path) -> str | None:
         figure = Figure(figsize=(9, 2.4), layout="constrained")
         for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for name in names:
-                points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+                points = [(int(row["step"]), float(row[name])) for row in rows if row.get("step") and row.get(name)]
                 if points:
                     axes.plot(*zip(*points, strict=True), label=name.partition("/")[2], marker="." * (len(points) < 30))
             axes.set_title(title)
@@ -177,4 +177,6 @@ def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: 
 
 def _plain(name: str) -> str:
     """A class name that matplotlib takes for text, not for mathematics, and that leaves room for the picture."""
-    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
+    text = "".join(c if c.isprintable() else "?" for c in name)
+    text = f" {text}" if text.startswith("_") else text  # or legends leave it out
+    return (text if len(text) <= 24 else f"{text[:23]}…").replace("$", r"\$")
