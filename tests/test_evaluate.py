@@ -52,6 +52,14 @@ def test_the_probe_is_scikit_learns_on_standardised_features():
     assert result["converged"]
 
 
+def assert_is_scikit_learns(features, labels, grid, probes):
+    standard = StandardScaler().fit_transform(features.double())
+    for l2, probe in zip(grid, probes, strict=True):
+        model = LogisticRegression(C=1 / (l2 * len(labels)), max_iter=5000, tol=1e-8).fit(standard, labels)
+        ours = torch.softmax(features @ probe[:-1] + probe[-1], 1)
+        np.testing.assert_allclose(ours, model.predict_proba(standard), atol=2e-3)
+
+
 @pytest.mark.parametrize("constant", [False, True])
 def test_every_penalty_of_the_grid_reaches_scikit_learns_optimum(constant):
     generator = torch.Generator().manual_seed(0)
@@ -63,22 +71,14 @@ def test_every_penalty_of_the_grid_reaches_scikit_learns_optimum(constant):
     grid = [1.0, 1e-2, 1e-4]
     probes, converged = fit_linear(features, labels, grid, 1000)
     assert converged
-    standard = StandardScaler().fit_transform(features.double())
-    for l2, probe in zip(grid, probes, strict=True):
-        model = LogisticRegression(C=1 / (l2 * 300), max_iter=5000, tol=1e-8).fit(standard, labels)
-        ours = torch.softmax(features @ probe[:-1] + probe[-1], 1)
-        np.testing.assert_allclose(ours, model.predict_proba(standard), atol=2e-3)
+    assert_is_scikit_learns(features, labels, grid, probes)
 
 
 def test_fewer_images_than_features_reach_scikit_learns_optimum():
     features, labels = blobs(30, 3, 100, spread=3.0)
     grid = [1.0, 1e-2]
     probes, _ = fit_linear(features, labels, grid, 1000)
-    standard = StandardScaler().fit_transform(features.double())
-    for l2, probe in zip(grid, probes, strict=True):
-        model = LogisticRegression(C=1 / (l2 * 30), max_iter=5000, tol=1e-8).fit(standard, labels)
-        ours = torch.softmax(features @ probe[:-1] + probe[-1], 1)
-        np.testing.assert_allclose(ours, model.predict_proba(standard), atol=2e-3)
+    assert_is_scikit_learns(features, labels, grid, probes)
 
 
 def test_balanced_class_weights_are_scikit_learns():
