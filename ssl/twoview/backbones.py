@@ -98,6 +98,13 @@ def create_backbone(
     return network, feature_width(network, in_chans, image_size, given)
 
 
+def at_random(arguments: Mapping[str, Any], seed: int) -> nn.Module:
+    """The network of :func:`build_arguments` at random initialisation; torch's generator is left as it was."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return create_backbone(**arguments)[0]
+
+
 def published_input(name: str) -> tuple[int, list[float], list[float]]:
     """Image size in pixels, and means and deviations of the channels, that timm's weights of a network were made for.
 

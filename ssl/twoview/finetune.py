@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from twoview import records
 from twoview.augment import TwoViews, mixed
-from twoview.backbones import create_backbone
+from twoview.backbones import at_random
 from twoview.data import ImageData, Images, Preprocess
 from twoview.errors import UserError
 from twoview.evaluate import Protocol, extract, few_label_splits, score, split_holdout
 from twoview.evaluate.probes import Prediction
 from twoview.evaluate.sgd import shuffled
-from twoview.judging import fingerprint, subject
+from twoview.judging import fingerprint, subject, view_limits
 from twoview.optim import Optimization
 from twoview.pretrain import choose_precision
 from twoview.records import pick_device
@@ -106,13 +106,10 @@ def finetune(
     if tuning.label_share < 1:
         only = Protocol(label_shares=[tuning.label_share], labels_per_class=[1])
         positions = list(few_label_splits(images.train.labels, only).values())[-1][0]
-    limits = {knob: card[knob] for knob in ("image_size", "channels", "mean", "std")}
-    views = augment(**limits, mirror=images.mirror, least_crop=images.least_crop)
+    views = augment(**view_limits(card), mirror=images.mirror, least_crop=images.least_crop)
     networks = {"fine-tuned": backbone}
     if tuning.supervised:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            networks["supervised"] = create_backbone(**card["backbone"])[0]
+        networks["supervised"] = at_random(card["backbone"], seed)
     classes, protocol, results, predicted = len(images.classes), Protocol(), {}, {}
     for name, network in networks.items():
         log.info("%s on %d labels", name, len(positions))

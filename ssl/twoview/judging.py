@@ -1,7 +1,6 @@
 """What a network is worth, from a checkpoint of twoview or from timm: evaluate, linear_probe, knn, finetune."""
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,6 @@ from twoview.errors import UserError
 from twoview.evaluate import PARTS, Protocol, measure
 from twoview.records import pick_device
 from twoview.report import keep_evidence, write_pages
-
-log = logging.getLogger(__name__)
 
 FULL = Protocol(parts=tuple(part for part in PARTS if part != "linear_sgd"))
 
@@ -97,8 +94,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     backbone, preprocess, card, images = subject(checkpoint, data, weights, seed)
     report = records.begin(task, card, seed, Path(run_dir)) | {"checkpoint": card["path"]}
-    limits = {knob: card[knob] for knob in ("image_size", "channels", "mean", "std")}
-    views = augment(**limits, mirror=images.mirror, least_crop=images.least_crop)
+    views = augment(**view_limits(card), mirror=images.mirror, least_crop=images.least_crop)
     return judged(report, backbone, preprocess, card, images, protocol, views, seed, Path(run_dir), pick_device())
 
 
@@ -132,8 +128,9 @@ def judged(
         The report, as written.
     """
     assert images.test is not None
-    limits = {knob: card[knob] for knob in ("image_size", "channels", "mean", "std")}
-    found, evidence = measure(backbone, preprocess, card["backbone"], limits, images, protocol, seed, device, views)
+    found, evidence = measure(
+        backbone, preprocess, card["backbone"], view_limits(card), images, protocol, seed, device, views
+    )
     report = report | {"classes": images.classes, "test_fingerprint": fingerprint(images.test)} | found
     keep_evidence(evidence, images, run_dir)
     report = records.write(report, run_dir)
@@ -201,6 +198,11 @@ def subject(
     if images.train is None or images.test is None:
         raise UserError(f"data: {images.name} has no labels to fit and test a probe with; give labelled images")
     return backbone, preprocess, card | {"data": images.name}, images
+
+
+def view_limits(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What the augmentation must know of the network that a card tells of."""
+    return {knob: card[knob] for knob in ("image_size", "channels", "mean", "std")}
 
 
 def fingerprint(images: Images) -> str:

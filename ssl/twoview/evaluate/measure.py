@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twoview.augment import TwoViews
-from twoview.backbones import create_backbone
+from twoview.backbones import at_random
 from twoview.data import ImageData, Images, Preprocess
 from twoview.errors import UserError
 from twoview.evaluate.cache import kept, key
@@ -20,7 +20,7 @@ from twoview.evaluate.overlap import Shared, Thumbnails, shared_images, thumbnai
 from twoview.evaluate.probes import Labelled, Prediction, few_label_splits, few_labels, predict, score, score_few_labels
 from twoview.evaluate.protocol import PROBES, Protocol
 from twoview.evaluate.sgd import linear_sgd
-from twoview.evaluate.structure import clustering, geometry, retrieval
+from twoview.evaluate.structure import clustering, geometry, retrieval, sample
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +73,12 @@ def measure(
     parts, classes = protocol.parts, len(images.classes)
     baselines: dict[str, nn.Module | None] = {}
     if protocol.baselines:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            baselines = {"random initialisation": create_backbone(**build)[0], "raw pixels": None}
+        baselines = {"random initialisation": at_random(build, seed), "raw pixels": None}
     small: dict[str, Thumbnails] = {}
     if protocol.baselines or "integrity" in parts:
         small = {"train": thumbnails(train), "test": thumbnails(test)}
     few = few_label_splits(train.labels, protocol) if "few_labels" in parts else {}
-    some = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: protocol.shift_images])
+    some = test.subset(sample(len(test), protocol.shift_images))
 
     def judged(name: str, network: nn.Module | None) -> tuple[dict[str, Any], Evidence]:
         log.info("evaluation: %s", name)
@@ -99,7 +97,7 @@ def measure(
             predictions["linear_sgd"] = linear_sgd(
                 network, train, (ours, theirs), crops, protocol, classes, seed, device
             )
-        guesses = few_labels(learned, theirs, few, protocol, classes)
+        guesses = few_labels(learned, theirs, few, protocol, classes) if few else {}
         # From here on the labels of test images are read; nothing is chosen any more.
         found: dict[str, Any] = {
             probe: score(prediction, test.labels, classes, protocol, seed) for probe, prediction in predictions.items()

@@ -128,7 +128,7 @@ def geometry(features: Tensor, pairs: Sequence[Tensor] | None = None) -> dict[st
         * ``dead``: dimensions whose deviation is below a ten-thousandth of the mean deviation; ``width``: F;
         * ``diagnosis`` and ``words``: :func:`diagnose`.
     """
-    rows = features[_sample(len(features), 20_000)].double()
+    rows = features[sample(len(features), 20_000)].double()
     centred = rows - rows.mean(0)
     n, width = rows.shape
     deviation = centred.std(0, correction=0)
@@ -138,7 +138,7 @@ def geometry(features: Tensor, pairs: Sequence[Tensor] | None = None) -> dict[st
     # Constant features leave rounding alone.
     spread = total**0.5 / length if length else 0.0
     shares = variances / total if spread > 1e-6 else torch.zeros_like(variances)
-    few = features[_sample(len(features), 2048)]
+    few = features[sample(len(features), 2048)]
     found = {
         "alignment": None if pairs is None else metrics.alignment(*pairs),
         "uniformity": metrics.uniformity(few),
@@ -195,5 +195,6 @@ def _decay(shares: np.ndarray) -> float | None:
     return -float(np.polyfit(np.log(ranks), np.log(shares[ranks - 1]), 1, w=ranks**-0.5)[0])
 
 
-def _sample(size: int, limit: int) -> Tensor:
+def sample(size: int, limit: int) -> Tensor:
+    """Positions of at most ``limit`` of ``size`` images at random, always the same."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]

@@ -1,7 +1,6 @@
 """Runs side by side, judged on the same test images, with paired intervals of their differences."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from twoview.errors import UserError
 from twoview.evaluate.probes import bootstrap
 from twoview.report.pages import write_tables
 from twoview.report.tables import PROBES, Table, beside, number, percent, with_interval
-
-log = logging.getLogger(__name__)
 
 FIGURES = {
     "mAP": ("retrieval", "mean_average_precision"),

@@ -2,7 +2,6 @@
 
 import html
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any, NamedTuple
 
 import jinja2
 import torch
-from torch import Tensor
 
 from twoview.augment import TwoViews
 from twoview.data import ImageData, fit_size
 from twoview.evaluate import Evidence
 from twoview.evaluate.probes import confusion
+from twoview.evaluate.structure import sample
 from twoview.metrics import knn_neighbours
 from twoview.report import pictures
 from twoview.report.files import shared_rows
 from twoview.report.tables import Table, tables
-
-log = logging.getLogger(__name__)
 
 MOST_CONFUSED = 10
 LISTED = 50
@@ -155,7 +152,7 @@ def _pictures(report: Mapping[str, Any], evidence: Evidence, images: ImageData, 
         table = confusion(evidence.predictions["linear"], images.test.labels, len(images.classes))
         source = pictures.confusion_matrix(table, images.classes)
         found.append(Picture("Confusion", source, "Per cent of each class's test images, by the linear probe."))
-    some = _some(len(images.test), MAPPED)
+    some = sample(len(images.test), MAPPED)
     kind = report["protocol"]["map"]
     if len(some) > 1:
         labels = images.test.labels[some]
@@ -176,7 +173,7 @@ def _gallery(evidence: Evidence, images: ImageData) -> list[tuple[Neighbour, lis
     """Test images with their nearest training images: some whose nearest is of their class, then some others."""
     assert images.test is not None
     assert images.train is not None
-    queries = _some(len(images.test), MAPPED)
+    queries = sample(len(images.test), MAPPED)
     positions = knn_neighbours(evidence.train, evidence.test[queries], NEIGHBOURS)[1]
     right = images.train.labels[positions[:, 0]] == images.test.labels[queries]
     order = torch.cat([torch.nonzero(right).flatten()[:GALLERY], torch.nonzero(~right).flatten()[:GALLERY]])
@@ -199,7 +196,3 @@ def _neighbour(images: ImageData, position: int, label: int) -> Neighbour:
     theirs = int(images.train.labels[position])
     source = pictures.thumbnail(images.train[[position]].pixels[0].cpu())
     return Neighbour(source, images.classes[theirs], images.train.name(position), theirs == label)
-
-
-def _some(size: int, limit: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
