@@ -1,4 +1,4 @@
-"""Any timm network as a feature extractor: images ``[N, C, H, W]`` to features ``[N, F]``."""
+"""timm networks as feature extractors: images ``[N, C, H, W]`` to features ``[N, F]``."""
 
 import difflib
 import logging
@@ -12,104 +12,104 @@ from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from twoview.errors import UserError
+from twoview.errors import UserError, require
 
 log = logging.getLogger(__name__)
 
 Stem = Literal["auto", "timm", "small", "small_stride2"]
 SMALL_IMAGE = 64
-# Networks that timm lacks, as one of timm's with other arguments, and their stem for small images.
+# One block per stage: fast enough to train on a CPU in minutes with stride 2 in the stem.
+_RESNET10: dict[str, Any] = {"layers": [1, 1, 1, 1]}
+# Additional networks: a timm name, the arguments that differ, and the stem for small images.
 OURS: dict[str, tuple[str, dict[str, Any], Stem]] = {
-    # One block a stage and a stride in the stem: residual networks that a CPU trains in minutes.
-    "resnet10": ("resnet18", {"layers": [1, 1, 1, 1]}, "small_stride2"),
-    "resnet10_narrow": (
-        "resnet18",
-        {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_width": 32},
-        "small_stride2",
-    ),
+    "resnet10": ("resnet18", _RESNET10, "small_stride2"),
+    "resnet10_narrow": ("resnet18", _RESNET10 | {"channels": [32, 64, 128, 256], "stem_width": 32}, "small_stride2"),
 }
 
 
 def create_backbone(
-    name: str,
+    name: str = "resnet10_narrow",
     in_chans: int = 3,
     image_size: int = 32,
     stem: Stem = "auto",
     weights: str | Path | None = None,
     pretrained: bool = False,
     partial_weights: bool = False,
-    options: Mapping[str, Any] | None = None,
-    small_patches: bool = True,
+    options: Mapping[str, Any] = {},
 ) -> tuple[nn.Module, int]:
-    """Build a timm network without its classifier.
+    """Create a timm network without its classifier.
 
     Args:
-        name: any name in ``timm.list_models()``, or "resnet10": timm's resnet18 with one block a stage, or
-            "resnet10_narrow": that with half the channels.
-        in_chans: channels of the images, >= 1.
-        image_size: height and width of the images in pixels; transformers are built for it.
-        stem: how a residual network begins. "timm": as published (7x7 at stride 2 and max-pooling: a 32-pixel image is
-            left with 1x1 positions); "small": stride 1 and no pooling, as SimCLR does for CIFAR-10 (arXiv:2002.05709,
-            B.9); "small_stride2": stride 2 and no pooling, a quarter of the cost; "auto": "small" ("small_stride2" for
-            the resnet10s) at 64 pixels and below unless weights are loaded, else "timm". Networks of
-            other families have "auto" and "timm" alone.
-        weights: local file of weights, ``.safetensors`` or a PyTorch file of plain tensors.
-        pretrained: load timm's published weights.
-        partial_weights: allow ``weights`` that do not cover every tensor of the network.
+        name: a name in ``timm.list_models()``; "resnet10", the resnet18 of timm with one block per stage; or
+            "resnet10_narrow", the same with half the channels.
+        in_chans: number of channels of the images, >= 1.
+        image_size: height and width of the images in pixels; transformers are built for this size.
+        stem: adaptation to small images. "timm": the network as published; a ResNet has a 7x7 convolution of stride 2
+            and max-pooling, which leave 1x1 positions of a 32-pixel image. For ResNets only: "small", stride 1 without
+            pooling, as in SimCLR on CIFAR-10 (arXiv:2002.05709, B.9), or "small_stride2", stride 2 without pooling, at
+            a quarter of the cost. "auto": at 64 pixels and below and without loaded weights, "small" for ResNets
+            ("small_stride2" for the resnet10s) and patches of an eighth of the image for transformers; else "timm".
+        weights: local file with weights, ``.safetensors`` or a PyTorch file of plain tensors.
+        pretrained: whether to load the weights published by timm.
+        partial_weights: whether ``weights`` may lack tensors of the network, which then keep their random values.
         options: further arguments of the timm constructor, such as ``{"drop_path_rate": 0.1}``.
-        small_patches: transformers have eight patches a side at 64 pixels and below, unless weights are loaded.
 
     Returns:
-        The network and the width F of its features, measured by a dry run. ``network.build_arguments`` are plain
-        values with which this function builds the same architecture at random initialisation.
+        The network, and the width F of its features, measured by a forward pass. ``create_backbone(**build_arguments(
+        network))`` creates the same architecture at random initialization.
 
     Raises:
-        UserError: an unknown name, an image size or option that the network refuses, weights that do not fit.
+        UserError: an unknown name, an image size or option that the network refuses, or weights that do not fit.
+
+    Example:
+        >>> network, width = create_backbone("test_resnet", in_chans=1, image_size=32)
+        >>> width, network(torch.zeros(2, 1, 32, 32)).shape
+        (96, torch.Size([2, 96]))
     """
     given: str = name
     auto_stem: Stem = "small"
     if name in OURS:
         name, defaults, auto_stem = OURS[name]
-        options = {**defaults, **(options or {})}
+        options = {**defaults, **options}
     if not timm.is_model(name):
         raise UserError(f"backbone.name={name}: timm has no such network; {_nearest(name)}")
-    if stem not in get_args(Stem):
-        raise UserError(f"backbone.stem={stem}: choose one of {', '.join(get_args(Stem))}")
-    if in_chans < 1:
-        raise UserError(f"data.channels={in_chans}: must be at least 1")
-    network, used = _build(
-        name, in_chans, image_size, pretrained, small_patches and not (weights or pretrained), options=options
-    )
+    require(stem in get_args(Stem), f"backbone.stem={stem}: choose one of {', '.join(get_args(Stem))}")
+    require(in_chans >= 1, f"data.channels={in_chans}: must be at least 1")
+    small = stem == "auto" and image_size <= SMALL_IMAGE and not (weights or pretrained)
+    network, patches = _build(name, in_chans, image_size, pretrained, small, options)
     if stem == "auto":
-        small = isinstance(network, ResNet) and image_size <= SMALL_IMAGE and not (weights or pretrained)
-        stem = auto_stem if small else "timm"
+        stem = auto_stem if small and isinstance(network, ResNet) else "timm"
     if stem != "timm":
         _use_small_stem(network, name, stride=2 if stem == "small_stride2" else 1)
     if weights is not None:
         _load_weights(network, Path(weights), partial_weights)
-    network.build_arguments = {  # type: ignore[assignment]
-        "name": name,
-        "in_chans": in_chans,
-        "image_size": image_size,
-        "stem": stem,
-        "options": {**(options or {}), **used},
-        "small_patches": small_patches and not (weights or pretrained),
-    }
+    arguments = {"name": name, "in_chans": in_chans, "image_size": image_size, "stem": stem}
+    network.build_arguments = {**arguments, "options": {**options, **patches}}  # type: ignore[assignment]
     return network, feature_width(network, in_chans, image_size, given)
 
 
 def at_random(arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """The network of :func:`build_arguments` at random initialisation; torch's generator is left as it was."""
+    """Network with these :func:`build_arguments` at random initialization; the state of the global RNG is preserved.
+
+    Example:
+        >>> network, _ = create_backbone("test_resnet")
+        >>> type(at_random(build_arguments(network), seed=0)).__name__
+        'ResNet'
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return create_backbone(**arguments)[0]
 
 
 def published_input(name: str) -> tuple[int, list[float], list[float]]:
-    """Image size in pixels, and means and deviations of the channels, that timm's weights of a network were made for.
+    """Input of the weights that timm publishes: image size in pixels, mean and standard deviation of each channel.
 
     Raises:
         UserError: an unknown name.
+
+    Example:
+        >>> published_input("resnet18")
+        (224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     """
     known = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
     if known is None:
@@ -118,16 +118,31 @@ def published_input(name: str) -> tuple[int, list[float], list[float]]:
 
 
 def build_arguments(network: nn.Module) -> dict[str, Any]:
-    """The plain values with which :func:`create_backbone` builds this network's architecture again."""
+    """Arguments of :func:`create_backbone` that create the architecture of this network again, as plain values.
+
+    Example:
+        >>> build_arguments(create_backbone("resnet10")[0])["stem"]
+        'small_stride2'
+    """
     return cast(dict[str, Any], network.build_arguments)
 
 
 @torch.no_grad()
 def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str = "") -> int:
-    """Width of the features of one image, by a dry run: timm's ``num_features`` is another number for some networks.
+    """Width F of the features, measured by a forward pass, because ``num_features`` of some timm networks differs.
+
+    Args:
+        network: ``[N, C, H, W] -> [N, F]``; its training mode is preserved.
+        in_chans: number of channels C.
+        image_size: height and width of the images in pixels.
+        name: of the network, for error messages.
 
     Raises:
-        UserError: the network cannot take images of this size, or does not give ``[N, F]``.
+        UserError: the network refuses images of this size, or its output is not ``[N, F]``.
+
+    Example:
+        >>> feature_width(nn.Flatten(), in_chans=3, image_size=4)
+        48
     """
     was_training = network.training
     try:
@@ -139,52 +154,53 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
         ) from error
     finally:
         network.train(was_training)
-    if features.ndim != 2:
-        raise UserError(
-            f"backbone.name={name}: gives features of shape {list(features.shape)}, not one vector an image"
-        )
-    return int(features.shape[1])
+    shape = list(features.shape)
+    if len(shape) != 2:
+        raise UserError(f"backbone.name={name}: its features have shape {shape}, not [N, F]; choose another network")
+    return int(shape[1])
 
 
 def is_depthwise(network: nn.Module) -> bool:
-    """Whether most convolutions are depthwise or grouped: these run slower, not faster, in bf16 on a CPU."""
+    """Whether most convolutions are depthwise or grouped; these are slower in bf16 than in fp32 on a CPU.
+
+    Example:
+        >>> is_depthwise(create_backbone("test_resnet")[0])
+        False
+    """
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
     return sum(m.groups > 1 for m in convolutions) > len(convolutions) / 2
 
 
 def _build(
-    name: str, in_chans: int, image_size: int, pretrained: bool, from_scratch: bool, options: Mapping[str, Any] | None
+    name: str, in_chans: int, image_size: int, pretrained: bool, small: bool, options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, int]]:
-    """The network, and the patch size that it was given if it was."""
-    arguments = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained, **(options or {})}
+    """The network, and its ``patch_size`` argument if it was adapted to a small image."""
+    arguments = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained, **options}
     sizes: list[dict[str, int]] = [{"img_size": image_size}, {}]
-    if from_scratch and image_size <= SMALL_IMAGE and "patch_size" not in arguments:
-        # Eight patches a side: ViT-S/16 for 224 pixels has 14, but at 32 pixels it would have 2.
+    if small and "patch_size" not in arguments:
+        # Eight patches per side: ViT-S/16 has 14 at 224 pixels, but only 2 at 32 pixels.
         sizes.insert(0, {"img_size": image_size, "patch_size": max(1, image_size // 8)})
     for size in sizes:
         try:
-            network: nn.Module = timm.create_model(name, **arguments, **size)
+            return timm.create_model(name, **arguments, **size), {k: v for k, v in size.items() if k == "patch_size"}
         except OSError as error:
             raise UserError(
-                f"backbone.pretrained=true: no published weights of {name} could be fetched ({error}); "
-                "check the network, or give a local file as backbone.weights=FILE"
+                f"backbone.pretrained=true: the published weights of {name} could not be downloaded ({error}); "
+                "check the connection, or give a local file as backbone.weights=FILE"
             ) from error
-        except Exception as error:  # this family has no such argument, or takes no such size
+        except Exception as error:  # the constructor does not accept img_size or patch_size, or not this value
             if size:
                 continue
-            raise UserError(
-                f"backbone.name={name} cannot be built with backbone.options={dict(options or {})} ({error})"
-            ) from error
-        else:
-            return network, {k: v for k, v in size.items() if k == "patch_size"}
-    raise AssertionError("the last attempt passes no size")
+            problem = f"cannot be built with backbone.options={dict(options)} ({error})"
+            raise UserError(f"backbone.name={name}: {problem}") from error
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _use_small_stem(network: nn.Module, name: str, stride: int) -> None:
     if not isinstance(network, ResNet):
-        raise UserError(f"backbone.stem: {name} is no residual network of timm's ResNet family; use backbone.stem=auto")
+        raise UserError(f"backbone.stem: {name} is not of timm's ResNet family; use backbone.stem=auto")
     first = network.conv1
-    if isinstance(first, nn.Sequential):  # a deep stem is 3x3 already
+    if isinstance(first, nn.Sequential):  # a deep stem, whose convolutions are 3x3
         first[0].stride = (stride, stride)  # type: ignore[assignment]
     else:
         small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=False)
@@ -202,17 +218,19 @@ def _load_weights(network: nn.Module, file: Path, partial: bool) -> None:
     if missing and not (partial and matching):
         raise UserError(
             f"backbone.weights={file}: {len(matching)} of {len(wanted)} tensors of the network matched "
-            f"(missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); use the network they were "
-            "made for, or backbone.partial_weights=true to leave the rest at random"
+            f"(missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); choose the network of these "
+            "weights, or backbone.partial_weights=true to initialize the others at random"
         )
     network.load_state_dict(matching, strict=False)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or PyTorch file, by name; nothing else in it is ever executed.
+    """Tensors of a ``.safetensors`` or PyTorch file by name, read without executing code from the file.
+
+    A state dict nested under "state_dict", "model" or "teacher" is found; values other than tensors are skipped.
 
     Raises:
-        UserError: the file is missing or holds no plain tensors.
+        UserError: the file is missing or cannot be read as plain tensors.
     """
     try:
         if file.suffix == ".safetensors":
@@ -230,18 +248,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _best_match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the wanted names, with whichever prefix ("module.", "method.backbone.") fits most of them."""
+    """Tensors under the wanted names, after removing the prefix ("module.", "method.backbone.") that matches most."""
     last = list(wanted)[-1]
     prefixes = {key.removesuffix(last) for key in found if key.endswith(last)} | {""}
-    matches = [
-        {
-            key: found[p + key]
-            for key, value in wanted.items()
-            if p + key in found and found[p + key].shape == value.shape
-        }
-        for p in prefixes
-    ]
-    return max(matches, key=len)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        same = [key for key in wanted if prefix + key in found and found[prefix + key].shape == wanted[key].shape]
+        return {key: found[prefix + key] for key in same}
+
+    return max(map(under, prefixes), key=len)
 
 
 def _nearest(name: str) -> str:
@@ -250,5 +265,10 @@ def _nearest(name: str) -> str:
 
 
 def sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Every BatchNorm replaced by one that sees all ranks; timm's own conversion keeps activations inside them."""
+    """Convert BatchNorm to SyncBatchNorm with timm's function, which keeps the activation of its norm-act layers.
+
+    Example:
+        >>> type(sync_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))[0]).__name__
+        'SyncBatchNorm'
+    """
     return cast(nn.Module, timm.layers.convert_sync_batchnorm(module))

@@ -1,4 +1,4 @@
-"""Embeddings of all ranks, with gradient; on one process everything here does nothing."""
+"""All-gather with gradient; in a single process the functions are no-ops."""
 
 from typing import Any
 
@@ -8,21 +8,32 @@ from torch import distributed as dist
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Rank of this process and number of processes; 0 and 1 where none are joined."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    """Rank of this process and number of processes; (0, 1) without a process group.
+
+    Example:
+        >>> rank_and_world()
+        (0, 1)
+    """
+    initialized = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
 
 def gather(x: Tensor) -> Tensor:
-    """``[N, ...]`` of every rank as ``[W * N, ...]``, with gradient: image ``i * W + r`` is image ``i`` of rank r.
+    """Concatenate the tensors of all W ranks, with gradient: ``[N, ...]`` to ``[W * N, ...]``.
 
-    A loss computed from gathered embeddings is the same on every rank. Its gradient reaches the rank that an embedding
-    came from once from each of the W losses; the mean over ranks that DistributedDataParallel takes of the parameters'
-    gradients then makes it the gradient of the one loss on the joined batch, with no factor to set. (A backward that
-    keeps only its own slice would lose the part that flows through the other ranks' negatives.)
+    Row ``i * W + r`` of the result is row i of rank r.
+
+    The backward pass sums the gradient over ranks. A loss of gathered embeddings is equal on all ranks; with the mean
+    over ranks that DistributedDataParallel takes, the gradient of the parameters is that of the loss of the joint
+    batch, without a further factor. (A backward pass that only takes its own slice would lose the gradient through the
+    negatives of other ranks.)
 
     Args:
-        x: of the same shape on every rank.
+        x: of equal shape on all ranks.
+
+    Example:
+        >>> gather(torch.ones(2, 3)).shape  # a single process
+        torch.Size([2, 3])
     """
     return x if rank_and_world()[1] == 1 else _Gather.apply(x)
 

@@ -1,4 +1,4 @@
-"""Projection heads: features ``[N, F]`` to embeddings ``[N, D]``; thrown away after pretraining."""
+"""Projection heads: features ``[N, F]`` to embeddings ``[N, D]``; discarded after pretraining."""
 
 from torch import nn
 
@@ -7,30 +7,35 @@ from twoview.errors import UserError
 
 def projection_head(
     in_dim: int,
-    hidden_dim: int = 2048,
+    hidden_dim: int = 512,
     out_dim: int = 128,
     layers: int = 2,
     hidden_bn: bool = True,
     last_bn: bool = True,
     last_affine: bool = True,
 ) -> nn.Sequential:
-    """Multi-layer perceptron with ReLU between its layers.
+    """Build a multi-layer perceptron with ReLU between its linear layers.
 
     SimCLR (google-research/simclr, model_util.py): 2 or 3 layers, BatchNorm after each. MoCo v1: one linear layer;
-    v2: two layers without BatchNorm (facebookresearch/moco, builder.py). MoCo v3: BatchNorm after each, the last
-    without scale and shift (facebookresearch/moco-v3, builder.py).
+    v2: two layers without BatchNorm (facebookresearch/moco, builder.py). MoCo v3: BatchNorm after each layer, the last
+    one without scale and shift (facebookresearch/moco-v3, builder.py).
 
     Args:
         in_dim: width F of the features.
-        hidden_dim: width of the layers between.
-        out_dim: width D of the embeddings.
-        layers: 1 to 3 linear layers.
-        hidden_bn: BatchNorm after every layer but the last.
-        last_bn: BatchNorm after the last layer.
-        last_affine: whether that last BatchNorm has scale and shift.
+        hidden_dim: width of the hidden layers, >= 1.
+        out_dim: width D of the embeddings, >= 1.
+        layers: number of linear layers, 1 to 3.
+        hidden_bn: whether BatchNorm follows every layer but the last.
+        last_bn: whether BatchNorm follows the last layer.
+        last_affine: whether the last BatchNorm has scale and shift.
 
     Raises:
-        UserError: sizes below 1, or a number of layers out of range.
+        UserError: a width or number of layers out of range.
+
+    Example:
+        >>> import torch
+        >>> projection_head(512, out_dim=64)(torch.zeros(4, 512)).shape
+        torch.Size([4, 64])
     """
     if layers not in (1, 2, 3):
         raise UserError(f"head.layers={layers}: choose 1, 2 or 3")
@@ -51,12 +56,16 @@ def projection_head(
 
 
 def output_width(head: nn.Module) -> int:
-    """Width D of a head's output: that of its last linear layer.
+    """Output width D of a head: that of its last linear layer.
 
     Raises:
         ValueError: a head without linear layers.
+
+    Example:
+        >>> output_width(projection_head(512, out_dim=64))
+        64
     """
     widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
     if not widths:
-        raise ValueError("a head needs a linear layer")
+        raise ValueError("the head has no linear layer, so its output width is unknown")
     return widths[-1]

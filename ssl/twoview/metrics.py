@@ -1,6 +1,7 @@
-"""What embeddings are like, as pure functions; none of them needs a gradient, all compute in at least fp32.
+"""Metrics of embeddings and rankings, and a kNN classifier, as pure functions.
 
-Shapes in names: N images, D embedding size, M stored vectors.
+Suffixes of names show shapes: N images or queries, D embedding size, M stored vectors. All functions compute without
+gradient and in at least fp32.
 """
 
 import math
@@ -8,32 +9,40 @@ import math
 import torch
 from torch import Tensor
 
-from twoview.losses import unit_rows
+from twoview.losses import l2_normalize
 
 
 @torch.no_grad()
 def alignment(z_a: Tensor, z_b: Tensor) -> float:
-    """Mean squared distance of positive pairs on the unit sphere, in [0, 4]; 0 is perfect.
+    """Mean squared distance of positive pairs on the unit sphere, in [0, 4]; lower is better.
 
     Wang & Isola 2020, arXiv:2005.10242, with alpha = 2.
 
     Args:
         z_a: ``[N, D]``.
-        z_b: ``[N, D]``, row i of the same image as row i of ``z_a``.
+        z_b: ``[N, D]``; row i is the positive of row i of ``z_a``.
+
+    Example:
+        >>> alignment(torch.eye(2), torch.eye(2).flip(0))
+        2.0
     """
-    return float((unit_rows(z_a) - unit_rows(z_b)).square().sum(1).mean())
+    return float((l2_normalize(z_a) - l2_normalize(z_b)).square().sum(1).mean())
 
 
 @torch.no_grad()
 def uniformity(z: Tensor) -> float:
-    """Log of the mean Gaussian potential of all pairs on the unit sphere, in [-4, 0]; lower is more even.
+    """Logarithm of the mean Gaussian potential of all pairs on the unit sphere, in [-8, 0]; lower is more uniform.
 
-    Wang & Isola 2020, arXiv:2005.10242, with t = 2.
+    Wang & Isola 2020, arXiv:2005.10242, with t = 2. Uniformly distributed embeddings tend to -4 for large D.
 
     Args:
         z: ``[N, D]``, N >= 2.
+
+    Example:
+        >>> uniformity(torch.eye(3))
+        -4.0
     """
-    u = unit_rows(z)
+    u = l2_normalize(z)
     squared = (2 - 2 * (u @ u.T)).clamp(min=0)
     pairs = torch.triu_indices(len(u), len(u), 1, device=u.device)
     values = -2 * squared[pairs[0], pairs[1]]
@@ -42,15 +51,16 @@ def uniformity(z: Tensor) -> float:
 
 @torch.no_grad()
 def effective_rank(z: Tensor) -> float:
-    """Exponential of the entropy of the singular values, in [1, min(N, D)]: RankMe.
+    """RankMe: exponential of the entropy of the normalized singular values, in [1, min(N, D)]; 0 if all are zero.
 
-    Garrido et al. 2023, arXiv:2210.02885, eq. 1. Wants at least 10 D rows, and compares runs of one method only.
+    Garrido et al. 2023, arXiv:2210.02885, eq. 1. Needs at least 10 D rows; comparable only between runs of one method.
 
     Args:
-        z: ``[N, D]``, not centred.
+        z: ``[N, D]``, not centered.
 
-    Returns:
-        The rank, or 0 for all-zero embeddings.
+    Example:
+        >>> round(effective_rank(torch.eye(4)), 3)
+        4.0
     """
     z = z if z.dtype == torch.float64 else z.float()
     s = torch.linalg.svdvals(z)
@@ -62,30 +72,41 @@ def effective_rank(z: Tensor) -> float:
 
 @torch.no_grad()
 def feature_std(z: Tensor) -> float:
-    """Mean over dimensions of the deviation of unit-length rows, times sqrt(D): 1 when spread evenly, 0 collapsed.
+    """Mean over dimensions of the standard deviation of normalized rows, times sqrt(D).
 
-    SimSiam, Chen & He 2021, arXiv:2011.10566, section 4.1.
+    It is 0 for collapsed embeddings and 1 for uniformly distributed ones. SimSiam, Chen & He 2021, arXiv:2011.10566,
+    section 4.1.
 
     Args:
         z: ``[N, D]``, N >= 2.
+
+    Example:
+        >>> feature_std(torch.eye(4))
+        1.0
     """
-    return float(unit_rows(z).std(0).mean() * math.sqrt(z.shape[1]))
+    return float(l2_normalize(z).std(0).mean() * math.sqrt(z.shape[1]))
 
 
 @torch.no_grad()
 def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """How well rows tell their positive from their negatives, ready for a log.
+    """Accuracy of the contrastive task and mean similarities, to be logged.
 
     Args:
-        positive: ``[N]`` cosine similarity of each row with its positive.
+        positive: ``[N]`` cosine similarity of each row to its positive.
         similarity: ``[N, M]`` cosine similarities.
-        valid: ``[N, M]`` boolean: which columns are negatives of the row.
+        valid: boolean ``[N, M]``: which columns are negatives of the row.
 
     Returns:
-        Scalars: ``contrastive_top1`` (share of rows whose positive beats every negative; a tie is a miss),
-        ``positive_similarity`` and ``negative_similarity`` (mean cosines).
+        Scalars ``contrastive_top1`` (share of rows whose positive is more similar than every negative; ties do not
+        count), ``positive_similarity`` and ``negative_similarity`` (mean cosine similarities).
+
+    Example:
+        >>> valid = torch.ones(2, 2, dtype=torch.bool)
+        >>> logs = contrastive_logs(torch.tensor([1.0, 0.0]), torch.tensor([[0.5, 0.0], [0.5, 0.0]]), valid)
+        >>> logs["contrastive_top1"], logs["negative_similarity"]
+        (tensor(0.5000), tensor(0.2500))
     """
-    if not similarity.shape[1]:  # a queue that is still empty
+    if not similarity.shape[1]:  # an empty queue
         similarity, valid = similarity.new_zeros(len(positive), 1), valid.new_zeros(len(positive), 1)
     hardest = similarity.masked_fill(~valid, -math.inf).amax(1)
     return {
@@ -97,14 +118,18 @@ def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dic
 
 @torch.no_grad()
 def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor]:
-    """:func:`contrastive_logs` of first views against their partners and all other views of the batch.
+    """:func:`contrastive_logs` of first views, with all views of other images in the batch as negatives.
 
     Args:
         z_a: ``[N, D]``.
-        z_b: ``[N, D]``, row i of the same image as row i of ``z_a``.
-        rows: how many first views are compared, which bounds the cost in large batches.
+        z_b: ``[N, D]``; row i is the positive of row i of ``z_a``.
+        rows: number of first views to compare, which bounds the cost for large batches.
+
+    Example:
+        >>> in_batch_logs(torch.eye(3), torch.eye(3))["contrastive_top1"]
+        tensor(1.)
     """
-    u_a, u_b = unit_rows(z_a), unit_rows(z_b)
+    u_a, u_b = l2_normalize(z_a), l2_normalize(z_b)
     anchors = u_a[:rows]
     own = torch.eye(len(anchors), len(u_a), dtype=torch.bool, device=u_a.device)
     with torch.autocast(u_a.device.type, enabled=False):
@@ -114,32 +139,61 @@ def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor
 
 @torch.no_grad()
 def recall_at_k(relevant: Tensor, k: int) -> float:
-    """Share of queries with anything relevant among their first k results, in [0, 1].
+    """Recall@k: share of queries with at least one relevant result among their first k, in [0, 1].
 
-    Recall@k of metric learning, Song et al. 2016, arXiv:1511.06452, section 6; elsewhere called hit rate.
+    Song et al. 2016, arXiv:1511.06452, section 6; also called hit rate.
 
     Args:
-        relevant: boolean ``[N, M]``: for each query whether its results are relevant, best result first.
-        k: >= 1.
+        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
+        k: number of results, >= 1.
+
+    Example:
+        >>> recall_at_k(torch.tensor([[False, True], [False, False]]), k=2)
+        0.5
     """
     return float(relevant[:, :k].any(1).double().mean())
 
 
 @torch.no_grad()
 def precision_at_k(relevant: Tensor, k: int) -> float:
-    """Mean over queries of the share of their first k results that is relevant; see :func:`recall_at_k`."""
+    """Precision@k: share of relevant results among the first k, averaged over queries, in [0, 1].
+
+    Args:
+        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
+        k: number of results, >= 1.
+
+    Example:
+        >>> precision_at_k(torch.tensor([[False, True], [False, False]]), k=2)
+        0.25
+    """
     return float(relevant[:, :k].double().sum(1).mean() / k)
 
 
 @torch.no_grad()
 def mean_reciprocal_rank(relevant: Tensor) -> float:
-    """Mean of 1 / rank of the first relevant result, 0 where there is none; see :func:`recall_at_k`."""
+    """Mean over queries of 1 / rank of the first relevant result, 0 where there is none, in [0, 1].
+
+    Args:
+        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
+
+    Example:
+        >>> mean_reciprocal_rank(torch.tensor([[False, True], [True, False]]))
+        0.75
+    """
     return float((relevant.any(1) / (relevant.int().argmax(1) + 1.0)).double().mean())
 
 
 @torch.no_grad()
 def mean_average_precision(relevant: Tensor) -> float:
-    """Mean over queries of the mean precision at relevant results, 0 where there are none; see :func:`recall_at_k`."""
+    """Mean over queries of the mean precision at each relevant result, 0 where there is none, in [0, 1].
+
+    Args:
+        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
+
+    Example:
+        >>> mean_average_precision(torch.tensor([[False, True], [True, True]]))
+        0.75
+    """
     found = relevant.cumsum(1, dtype=torch.int32)
     ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
     precision = (found / ranks).masked_fill_(~relevant, 0).sum(1, dtype=torch.float64)
@@ -148,40 +202,49 @@ def mean_average_precision(relevant: Tensor) -> float:
 
 @torch.no_grad()
 def knn_neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The k most similar bank vectors of each query by cosine, most similar first.
+    """The k nearest neighbours of each query in the bank by cosine similarity, most similar first.
 
     Args:
         bank: ``[M, D]``.
         queries: ``[N, D]``.
-        k: neighbours, cut to M.
-        chunk: queries compared at a time, which bounds memory to ``chunk * M`` similarities.
+        k: number of neighbours; at most M are returned.
+        chunk: number of queries processed at once, which bounds memory to ``chunk * M`` similarities.
 
     Returns:
-        Cosine similarities ``[N, k]`` and positions in the bank ``[N, k]`` (int64).
+        Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``.
+
+    Example:
+        >>> similarity, position = knn_neighbours(torch.eye(3), torch.tensor([[0.0, 4.0, 3.0]]), k=2)
+        >>> similarity, position
+        (tensor([[0.8000, 0.6000]]), tensor([[1, 2]]))
     """
-    bank_MD = unit_rows(bank)
-    parts = [(unit_rows(part) @ bank_MD.T).topk(min(k, len(bank)), dim=1) for part in queries.split(chunk)]
+    bank_MD = l2_normalize(bank)
+    parts = [(l2_normalize(part) @ bank_MD.T).topk(min(k, len(bank)), dim=1) for part in queries.split(chunk)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
 @torch.no_grad()
 def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
-    """Classes by weighted vote of the k nearest neighbours, each vote weighing ``exp(cosine / temperature)``.
+    """Classify by a weighted vote of the k nearest neighbours, with weights ``exp(cosine / temperature)``.
 
     Wu et al. 2018, arXiv:1805.01978, section 3.4.
 
     Args:
-        similarity: ``[N, K]`` cosines, most similar first, K >= k or as many as the bank has.
-        labels: ``[N, K]`` int64 classes of these neighbours.
-        k: how many vote.
+        similarity: ``[N, K]`` cosine similarities, most similar first; K >= k unless the bank is smaller.
+        labels: int64 ``[N, K]`` classes of these neighbours.
+        k: number of neighbours that vote.
         temperature: > 0.
         classes: number of classes.
 
     Returns:
-        ``[N]`` int64 classes; of a tie the lowest.
+        int64 ``[N]`` classes; the lowest of a tie.
+
+    Example:
+        >>> knn_vote(torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 1, 1]]), k=3, temperature=1.0, classes=3)
+        tensor([1])
     """
     s = similarity[:, :k]
-    # Weights relative to the nearest neighbour's: the vote is the same, and exp(1 / 0.001) does not overflow.
+    # Weights are relative to the nearest neighbour: the vote is the same, and exp(1 / 0.001) does not overflow.
     weights = ((s - s[:, :1]) / temperature).exp()
     votes = s.new_zeros(len(s), classes).scatter_add_(1, labels[:, :k], weights)
     return votes.argmax(1)
@@ -190,18 +253,22 @@ def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, cla
 def knn_predict(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 200, temperature: float = 0.1, classes: int = 0
 ) -> Tensor:
-    """Weighted k-nearest-neighbour classes of queries; see :func:`knn_neighbours` and :func:`knn_vote`.
+    """Weighted k-nearest-neighbour classification: :func:`knn_neighbours` followed by :func:`knn_vote`.
 
     Args:
         bank: ``[M, D]`` features of labelled images.
-        bank_labels: ``[M]`` int64.
+        bank_labels: int64 ``[M]``.
         queries: ``[N, D]``.
-        k: neighbours that vote.
+        k: number of neighbours that vote.
         temperature: > 0.
-        classes: number of classes; 0 takes it from ``bank_labels``.
+        classes: number of classes; 0 for one more than the largest of ``bank_labels``.
 
     Returns:
-        ``[N]`` int64 classes.
+        int64 ``[N]`` classes.
+
+    Example:
+        >>> knn_predict(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[0.9, 0.1]]), k=1)
+        tensor([1])
     """
     similarity, position = knn_neighbours(bank, queries, k)
     return knn_vote(similarity, bank_labels[position], k, temperature, classes or int(bank_labels.max()) + 1)

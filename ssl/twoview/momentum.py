@@ -1,7 +1,7 @@
-"""A slow copy of a network: the key encoder of MoCo and its successors."""
+"""Momentum encoder: an exponential moving average of a network, used by MoCo and its successors."""
 
 import copy
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,26 @@ Statistics = Literal["own", "average", "copy"]
 
 
 class MomentumCopy(nn.Module):
-    """A copy of a module whose parameters follow the original's by exponential moving average, without gradient.
+    """Copy of a module whose parameters are an exponential moving average of the original's, without gradient.
 
-    MoCo, He et al. 2020, arXiv:1911.05722, eq. 2. The copy starts equal to the original and can be called like it.
+    MoCo, He et al. 2020, arXiv:1911.05722, eq. 2. The copy starts equal to the original.
 
     Args:
-        module: the original; it is remembered, not registered, so its parameters appear once.
-        statistics: of BatchNorm: "own" is what the copy sees itself (official MoCo), "average" follows as the
-            parameters do, "copy" takes the original's.
+        module: the original. It is not registered as a submodule, so its parameters appear only once.
+        statistics: running statistics of BatchNorm: "own", those of the copy's own inputs (official MoCo); "average",
+            an exponential moving average like the parameters; "copy", those of the original.
 
     Raises:
-        UserError: any other ``statistics``.
+        UserError: an unknown value of ``statistics``.
+
+    Example:
+        >>> network = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.ones_(network.weight)
+        >>> key_encoder = MomentumCopy(network)
+        >>> _ = nn.init.zeros_(network.weight)
+        >>> key_encoder.follow(momentum=0.75)
+        >>> key_encoder(torch.ones(1, 2))
+        tensor([[1.5000]])
     """
 
     def __init__(self, module: nn.Module, statistics: Statistics = "own") -> None:
@@ -31,28 +40,25 @@ class MomentumCopy(nn.Module):
             raise UserError(f"method.statistics={statistics}: choose own, average or copy")
         self.copy = copy.deepcopy(module).requires_grad_(False)
         self.statistics = statistics
-        self._original = (module,)  # a tuple hides it from nn.Module
+        self._original = (module,)  # in a tuple, nn.Module does not register it
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """What the copy makes of ``x``, without gradient."""
-        keys: Tensor = self.copy(x)
-        return keys
+        """Output of the copy for ``x``, without gradient."""
+        return cast(Tensor, self.copy(x))
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
-        """``copy = momentum * copy + (1 - momentum) * original``, for all parameters at once.
+        """Update all parameters: ``copy = momentum * copy + (1 - momentum) * original``.
 
         Args:
             momentum: in [0, 1].
         """
-        mine: list[Tensor] = list(self.copy.parameters())
-        its: list[Tensor] = list(self._original[0].parameters())
-        torch._foreach_lerp_(mine, its, 1 - momentum)
+        torch._foreach_lerp_(list(self.copy.parameters()), list(self._original[0].parameters()), 1 - momentum)
         if self.statistics == "own":
             return
-        for kept, seen in zip(self.copy.buffers(), self._original[0].buffers(), strict=True):
-            if self.statistics == "average" and kept.is_floating_point():
-                kept.lerp_(seen, 1 - momentum)
+        for average, original in zip(self.copy.buffers(), self._original[0].buffers(), strict=True):
+            if self.statistics == "average" and average.is_floating_point():
+                average.lerp_(original, 1 - momentum)
             else:
-                kept.copy_(seen)
+                average.copy_(original)

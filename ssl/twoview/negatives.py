@@ -1,4 +1,4 @@
-"""The queue of negatives: keys of earlier batches, oldest out first."""
+"""Queue of negatives: the keys of earlier batches, first in, first out."""
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +8,24 @@ from twoview.errors import UserError
 
 
 class NegativeQueue(nn.Module):
-    """Ring of the last K keys in buffers, so that it lives in checkpoints and moves with the model.
+    """Ring buffer of the last K keys, stored in buffers so that checkpoints contain it.
 
-    MoCo, He et al. 2020, arXiv:1911.05722, section 3.2. It starts empty: slots that were never filled are no negatives.
-    Each key carries the index of its image, so that a key of the query's own image can be left out of its negatives.
+    MoCo, He et al. 2020, arXiv:1911.05722, section 3.2. The queue starts empty; unfilled slots are not returned. The
+    image index of each key is stored with it, so that keys of a query's own image can be removed from its negatives.
 
     Args:
-        size: K, number of slots.
-        dim: D, width of a key.
+        size: number K of slots, >= 1.
+        dim: width D of a key.
 
     Raises:
         UserError: a size below 1.
+
+    Example:
+        >>> queue = NegativeQueue(size=4, dim=2)
+        >>> queue.push(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), ids=torch.tensor([7, 8]))
+        >>> keys, ids = queue.read()
+        >>> keys.tolist(), ids.tolist(), len(queue)
+        ([[1.0, 0.0], [0.0, 1.0]], [7, 8], 2)
     """
 
     keys: Tensor
@@ -39,29 +46,30 @@ class NegativeQueue(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
-        """Filled slots."""
+        """Number of filled slots."""
         return int(self.filled)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Unit-length keys ``[k, D]`` and int64 image indices ``[k]`` of the k filled slots, in no order that matters.
+        """Normalized keys ``[k, D]`` and int64 image indices ``[k]`` of the k filled slots, in arbitrary order.
 
-        They are views of the buffers: the next push changes them.
+        Both are views of the buffers, which the next :meth:`push` overwrites.
         """
         filled = len(self)
         return self.keys[:filled], self.ids[:filled]
 
     @torch.no_grad()
     def push(self, keys: Tensor, ids: Tensor) -> None:
-        """Put keys in, over the oldest ones; of more than K keys the last K are kept.
+        """Store keys in place of the oldest ones; of more than K keys, the last K are stored.
 
-        Under many ranks, push what :func:`twoview.distributed.gather` gives: the queue is then the same on each.
+        In distributed training, push the output of :func:`twoview.distributed.gather`, so that all ranks have the same
+        queue.
 
         Args:
-            keys: ``[N, D]`` of any length; scaled to length 1.
-            ids: int64 ``[N]``, index of each key's image.
+            keys: ``[N, D]``; normalized before they are stored.
+            ids: int64 ``[N]`` image index of each key.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not match.
         """
         size, dim = self.keys.shape
         if keys.ndim != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
@@ -78,5 +86,5 @@ class NegativeQueue(nn.Module):
 
     @property
     def age(self) -> int:
-        """How many batches ago the oldest key came in, seen from the batch that reads it; 0 if there is none."""
+        """Age of the oldest key in batches: 1 if it was stored by the last batch, 0 if the queue is empty."""
         return 1 + int(self.pushes - self.pushed_at[: len(self)].min()) if len(self) else 0

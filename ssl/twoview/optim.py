@@ -1,34 +1,41 @@
-"""Optimisers with the parameter groups and the learning-rate scaling that contrastive learning uses."""
+"""Optimizers with the parameter groups and the learning-rate scaling of contrastive learning."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from twoview.errors import UserError
 from twoview.schedules import scaled_lr
 
 
 @dataclass(frozen=True)
-class Optimization:
-    """An optimiser to be: what to build, and at which learning rate for which batch.
+class OptimizerSettings:
+    """Optimizer settings.
 
     Args:
-        factory: takes parameter groups and ``lr``, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
-        lr: learning rate at a batch of 256 images, > 0.
-        weight_decay: of weight matrices and kernels, >= 0; biases and norm layers have none (as in SimCLR and MoCo v3).
-        lr_scaling: "none", "linear" or "sqrt" in the global batch.
+        factory: called with parameter groups and ``lr``, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
+        lr: learning rate for a batch of 256 images, > 0.
+        weight_decay: of weight matrices and kernels, >= 0. Biases and parameters of norm layers are not decayed, as in
+            SimCLR and MoCo v3.
+        lr_scaling: scaling of ``lr`` with the global batch size: "none", "linear" or "sqrt".
 
     Raises:
         UserError: a value out of range, or LARS without weight decay.
+
+    Example:
+        >>> optimizer = OptimizerSettings(lr=0.001, lr_scaling="linear").build(nn.Linear(4, 2), global_batch=512)
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["lr"]
+        ('AdamW', 0.002)
     """
 
-    factory: Callable[..., Optimizer]
-    lr: float
-    weight_decay: float = 1e-4
+    factory: Callable[..., Optimizer] = partial(AdamW, betas=(0.9, 0.95))  # noqa: RUF009 (immutable)
+    lr: float = 4e-3
+    weight_decay: float = 1e-2
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
 
     def __post_init__(self) -> None:
@@ -39,15 +46,18 @@ class Optimization:
         if self.lr_scaling not in ("none", "linear", "sqrt"):
             raise UserError(f"optimizer.lr_scaling={self.lr_scaling}: choose none, linear or sqrt")
         if self.weight_decay == 0 and getattr(self.factory, "func", self.factory) is Lars:
-            # timm's Lars adapts only groups with weight decay: biases and norms are left out that way.
-            raise UserError("optimizer.weight_decay=0: LARS would silently be plain SGD; set it above 0, such as 1e-6")
+            # Lars of timm adapts only groups with weight decay; this is how it excludes biases and norm layers.
+            raise UserError("optimizer.weight_decay=0: LARS would be plain SGD; set it above 0, such as 1e-6")
 
     def build(self, module: nn.Module, global_batch: int) -> Optimizer:
-        """The optimiser over the parameters of ``module`` that take gradients, at the scaled learning rate.
+        """Create the optimizer of the parameters that require gradients, at the scaled learning rate.
 
         Args:
-            module: whose parameters are optimised.
-            global_batch: images in one optimiser step, over all ranks and accumulated batches.
+            module: its parameters are optimized.
+            global_batch: images per optimizer step, over all ranks and accumulated batches.
+
+        Raises:
+            UserError: the factory refuses its arguments.
         """
         groups = param_groups_weight_decay(module, self.weight_decay)
         for group, name in zip(groups, ("biases and norms", "weights"), strict=True):
@@ -58,15 +68,23 @@ class Optimization:
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer.factory: {error}") from error
         for group in optimizer.param_groups:
-            group["base_lr"] = lr  # the schedule multiplies this; it travels in the optimiser's state
+            group["base_lr"] = lr  # multiplied by the schedule; saved in the state of the optimizer
         return optimizer
 
 
 def describe_groups(optimizer: Optimizer) -> list[str]:
-    """One line a parameter group: tensors, numbers in them, decay, whether LARS adapts it, learning rate."""
+    """One line per parameter group: number of tensors and parameters, weight decay, LARS adaptation, learning rate.
+
+    Args:
+        optimizer: created by :meth:`OptimizerSettings.build`.
+
+    Example:
+        >>> describe_groups(OptimizerSettings().build(nn.Linear(4, 2), global_batch=256))[1]
+        'AdamW weights: 1 tensors, 8 parameters, weight decay 0.01, learning rate 0.004'
+    """
     return [
         f"{type(optimizer).__name__} {g['name']}: {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} "
-        f"numbers, weight decay {g['weight_decay']:g}, "
+        f"parameters, weight decay {g['weight_decay']:g}, "
         + (f"layer-wise adapted {'yes' if g['weight_decay'] else 'no'}, " if isinstance(optimizer, Lars) else "")
         + f"learning rate {g['base_lr']:g}"
         for g in optimizer.param_groups

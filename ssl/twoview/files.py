@@ -1,0 +1,39 @@
+"""Writing files so that a killed process never leaves a partly written file."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(
+    path: Path, content: bytes | str | Callable[[BinaryIO], object], previous: Path | None = None
+) -> None:
+    """Write a file under a temporary name in the same folder, sync it to disk, and rename it.
+
+    Args:
+        path: target; missing parent folders are created.
+        content: the bytes; or text, encoded as UTF-8 with characters that cannot be encoded escaped; or a function that
+            writes to the open file.
+        previous: the existing file is renamed to this; None overwrites it.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; ``path`` is then unchanged.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
