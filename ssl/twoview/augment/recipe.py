@@ -1,0 +1,93 @@
+"""Which random operations make a view, independent of the library that computes them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+from twoview.errors import require
+
+_PROBABILITIES = ("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p")
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """Parameters of the random operations of one view, in the order in which they are applied.
+
+    The defaults are those of SimCLR (Chen et al. 2020, arXiv:2002.05709, appendix A) at color strength 1.
+
+    Args:
+        crop_scale: smallest and largest area of a crop as a share of the image, in (0, 1].
+        crop_ratio: smallest and largest aspect ratio (width / height) of a crop, > 0.
+        interpolation: of the resized crop, "bilinear" or "bicubic".
+        flip_p: probability of a horizontal flip.
+        jitter: strengths of brightness, contrast, saturation (factors are drawn from 1 - x to 1 + x) and hue (in turns,
+            up to 0.5).
+        jitter_p: probability of color jitter.
+        gray_p: probability of grayscale conversion.
+        blur_p: probability of a Gaussian blur, whose kernel is a tenth of the view (odd, at least 3 pixels).
+        blur_sigma: smallest and largest standard deviation of the blur in pixels, > 0.
+        solarize_p: probability of inverting all values above one half (BYOL, arXiv:2006.07733, appendix B).
+
+    Raises:
+        UserError: a value out of range.
+
+    Example:
+        >>> ViewRecipe(blur_p=0.0).adjusted(channels=1, allow_flip=True, min_crop_area=0.3).jitter
+        (0.8, 0.8, 0.0, 0.0)
+    """
+
+    crop_scale: Sequence[float] = (0.08, 1.0)
+    crop_ratio: Sequence[float] = (0.75, 1.3333333333333333)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip_p: float = 0.5
+    jitter: Sequence[float] = (0.8, 0.8, 0.8, 0.2)
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma: Sequence[float] = (0.1, 2.0)
+    solarize_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # equal recipes compare equal, whether they came as lists or as tuples
+            if isinstance(value := getattr(self, field.name), Sequence) and not isinstance(value, str):
+                object.__setattr__(self, field.name, tuple(value))
+        for knob in _PROBABILITIES:
+            value = getattr(self, knob)
+            require(0 <= value <= 1, f"augment.{knob}={value}: a probability lies between 0 and 1")
+        for knob, upper in (("crop_scale", 1), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
+            low, high = getattr(self, knob)
+            message = f"give [smallest, largest] above 0 up to {upper}"
+            require(0 < low <= high <= upper, f"augment.{knob}={[low, high]}: {message}")
+        jitter = list(self.jitter)
+        possible = len(jitter) == 4 and all(x >= 0 for x in jitter) and jitter[3] <= 0.5
+        require(possible, f"augment.jitter={jitter}: give brightness, contrast, saturation (>= 0), hue (0 to 0.5)")
+        known = self.interpolation in ("bilinear", "bicubic")
+        require(known, f"augment.interpolation={self.interpolation}: choose bilinear or bicubic")
+
+    def adjusted(self, channels: int, allow_flip: bool, min_crop_area: float) -> Self:
+        """The recipe without the operations that do not suit the images.
+
+        Args:
+            channels: C of the images; saturation, hue and grayscale need three.
+            allow_flip: whether horizontal flips preserve the meaning of the images.
+            min_crop_area: smallest share of the area that a crop may have.
+        """
+        low, high = self.crop_scale
+        changes: dict[str, Any] = {"crop_scale": (max(low, min_crop_area), max(high, min_crop_area))}
+        if channels != 3:
+            changes |= {"jitter": (*self.jitter[:2], 0.0, 0.0), "gray_p": 0.0}
+        if not allow_flip:
+            changes["flip_p"] = 0.0
+        return replace(self, **changes)
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """The recipe with some values replaced, as ``augment.view_b`` does.
+
+        Raises:
+            UserError: an unknown name, or a value out of range.
+        """
+        names = [field.name for field in fields(self)]
+        unknown = ", ".join(sorted(changes.keys() - set(names)))
+        require(not unknown, f"augment.view_b: unknown {unknown}; choose from {', '.join(names)}")
+        return replace(self, **changes)

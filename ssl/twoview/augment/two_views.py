@@ -1,0 +1,128 @@
+"""Two augmented views of every image of a batch."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twoview.augment.kornia_engine import kornia_operations
+from twoview.augment.recipe import ViewRecipe
+from twoview.errors import require
+
+log = logging.getLogger(__name__)
+
+
+class TwoViews(nn.Module):
+    """Two random views of each image of a batch, with parameters drawn for every image and view.
+
+    Operations that do not suit the images are left out: saturation, hue and grayscale need three channels, and
+    ``allow_flip`` and ``min_crop_area`` limit flips and crops. Changes of the recipe are logged at level DEBUG.
+
+    Args:
+        image_size: height and width of the views in pixels.
+        channels: C of the images.
+        mean: C channel means of the images, in [0, 1].
+        std: C channel standard deviations of the images, > 0, on the same scale.
+        view_b: what differs for the second view, such as ``{"blur_p": 0.1, "solarize_p": 0.2}``; empty for nothing.
+        allow_flip: whether horizontal flips preserve the meaning of the images.
+        min_crop_area: smallest share of the area that a crop may have, in [0, 1].
+        recipe: parameters of :class:`twoview.augment.ViewRecipe`, such as ``blur_p=0.0``.
+
+    Raises:
+        UserError: a value out of range, or an unknown name of the recipe.
+
+    Example:
+        >>> views = TwoViews(image_size=24, channels=3, mean=[0.5] * 3, std=[0.25] * 3, blur_p=0.0)
+        >>> images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+        >>> view_a, view_b = views(images, key=(0, 1))
+        >>> view_a.shape, view_a.dtype, bool((view_a == view_b).all())
+        (torch.Size([4, 3, 24, 24]), torch.float32, False)
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        view_b: Mapping[str, Any] = {},
+        allow_flip: bool = True,
+        min_crop_area: float = 0.0,
+        **recipe: Any,
+    ) -> None:
+        super().__init__()
+        fits = 0 <= min_crop_area <= 1
+        require(fits, f"data.min_crop_area={min_crop_area}: a share of the area lies between 0 and 1")
+        self.image_size, self.channels = image_size, channels
+        self.limits: dict[str, Any] = {"channels": channels, "allow_flip": allow_flip, "min_crop_area": min_crop_area}
+        given = ViewRecipe(**recipe)
+        recipe_a = given.adjusted(**self.limits)
+        recipe_b = given.changed(view_b).adjusted(**self.limits)
+        before, after = asdict(given), asdict(recipe_a)
+        if changes := {knob: value for knob, value in after.items() if value != before[knob]}:
+            log.debug("augment: recipe adjusted for these images %s: %s", self.limits, changes)
+        self.operations_a = kornia_operations(recipe_a, image_size)
+        self.operations_b = None if recipe_b == recipe_a else kornia_operations(recipe_b, image_size)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def with_recipe(self, **recipe: Any) -> Self:
+        """Views of the same images by another recipe; arguments as for the constructor, which ``limits`` default to."""
+        normalization = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return type(self)(**{"image_size": self.image_size, **normalization, **self.limits, **recipe})
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, key: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Make both views.
+
+        Args:
+            pixels: uint8 ``[N, C, H, W]``.
+            key: integers >= 0 that determine the random parameters, such as (seed, batch counter, rank); None draws
+                from torch's global generator. With a key, the state of that generator is not changed.
+
+        Returns:
+            Two fp32 ``[N, C, image_size, image_size]``, normalized by ``mean`` and ``std``.
+
+        Raises:
+            TypeError: pixels that are not uint8.
+            ValueError: another number of channels.
+        """
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"TwoViews takes uint8 images in [0, 255], not {pixels.dtype}")
+        if pixels.ndim != 4 or pixels.shape[1] != self.channels:
+            raise ValueError(f"TwoViews was made for [N, {self.channels}, H, W], not {list(pixels.shape)}")
+        device = pixels.device
+        devices = [device] if device.type != "cpu" else []
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.random.fork_rng(devices, enabled=key is not None, device_type=device.type if devices else "cuda"),
+        ):
+            if key is not None:
+                torch.manual_seed(derive_seed(key))
+            images = pixels.float().div_(255)
+            if self.operations_b is None:
+                view_a, view_b = self._normalized(self.operations_a(torch.cat([images, images]))).chunk(2)
+            else:
+                view_a = self._normalized(self.operations_a(images))
+                view_b = self._normalized(self.operations_b(images))
+        return view_a, view_b
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return images.sub(self.mean).div_(self.std)
+
+
+def derive_seed(key: Sequence[int]) -> int:
+    """One seed from several integers >= 0, by a hash, so that neighboring keys give unrelated random streams.
+
+    Example:
+        >>> derive_seed((0, 1)) == derive_seed((0, 1)), derive_seed((0, 1)) == derive_seed((1, 0))
+        (True, False)
+    """
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 1)
