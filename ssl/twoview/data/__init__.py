@@ -1,31 +1,21 @@
-"""Images as uint8 with their index: decoded once, one square size a run."""
+"""Images as square uint8 tensors with labels, from named data sets, files, and a user's own Dataset."""
 
 from twoview.data.decode import square
 from twoview.data.folder import folder
-from twoview.data.images import (
-    Batch,
-    BatchOrder,
-    ImageArrays,
-    ImageData,
-    Images,
-    Preprocess,
-    fit_channels,
-    fit_size,
-    in_order,
-    split_labels,
-)
+from twoview.data.image_data import ImageData, from_dataset
+from twoview.data.images import Batch, Images, LazyImages, TensorImages, in_order, split_holdout, split_labels
 from twoview.data.named import cifar10, cifar100, digits, fake, stl10
-from twoview.data.pictures import Pictures, from_dataset
-from twoview.data.shards import parquet, webdataset
+from twoview.data.parquet import parquet
+from twoview.data.preprocess import Preprocess, fit_channels, fit_size
+from twoview.data.webdataset import webdataset
 
 __all__ = [
     "Batch",
-    "BatchOrder",
-    "ImageArrays",
     "ImageData",
     "Images",
-    "Pictures",
+    "LazyImages",
     "Preprocess",
+    "TensorImages",
     "cifar10",
     "cifar100",
     "digits",
@@ -36,6 +26,7 @@ __all__ = [
     "from_dataset",
     "in_order",
     "parquet",
+    "split_holdout",
     "split_labels",
     "square",
     "stl10",

@@ -1,4 +1,4 @@
-"""Pictures as people have them: folders of any nesting, labelled or not, and lists of files."""
+"""Images in folders of any nesting, labelled or not, and in lists of files."""
 
 import csv
 import logging
@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 
 from twoview.data.decode import SUFFIXES
-from twoview.data.images import ImageData
-from twoview.data.pictures import Split, load_splits
-from twoview.errors import UserError
+from twoview.data.image_data import ImageData
+from twoview.data.splits import LoadSettings, Places, Split, load_splits
+from twoview.errors import UserError, require
 
 log = logging.getLogger(__name__)
 
+SPLIT_NAMES = {"train", "training", "test", "val", "valid", "validation"}
+
 
 class Paths(Sequence[str]):
-    """File names as one byte blob: a list of strings would be copied into every worker, page by page."""
+    """File names in one array of bytes; every worker would copy a list of strings, page by page."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
@@ -32,80 +34,66 @@ class Paths(Sequence[str]):
         return os.fsdecode(self.blob[self.ends[position] : self.ends[position + 1]].tobytes())
 
     def name(self, position: int) -> str:
-        """For messages."""
+        """Return the path at a position, for messages."""
         return str(self[position])
 
 
-def folder(root: str | Sequence[str], eval_root: str | Sequence[str] | None = None, **options: Any) -> ImageData:
-    """Your own pictures, labelled or not.
+def folder(root: Places, eval_root: Places | None = None, **options: Any) -> ImageData:
+    """Load images from folders or lists of files, labelled or not.
 
-    Labels are the first folder below ``root`` that a picture lies in, if there are at least two such folders and no
-    pictures beside them.
+    The label of an image is the first folder below ``root`` on its path, if there are at least two such folders and no
+    images directly in ``root``.
 
     Args:
-        root: folder of pictures, of any nesting; or a ``.txt`` (a path a line) or ``.csv`` (columns path and, if you
-            have them, label) that lists them; or several of these.
-        eval_root: the same for labelled test pictures.
-        options: as for :func:`twoview.data.pictures.load_splits`.
+        root: folder of images, of any nesting; or a ``.txt`` file with a path per line; or a ``.csv`` file with the
+            columns path and, optionally, label; or a list of these.
+        eval_root: the same for labelled test images.
+        options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: nothing there, or too much of it broken.
+        UserError: no images there, or too many of them unreadable.
     """
-
-    def find(given: str | Sequence[str], knob: str) -> Split:
-        paths, names = _list(given, knob)
-        return Split(Paths(paths), names)
-
-    return load_splits(find, root, eval_root, "folder", **options)
+    return load_splits(_list, root, eval_root, "folder", LoadSettings(**options))
 
 
-def _list(roots: str | Sequence[str], knob: str) -> tuple[list[str], list[str | None]]:
-    """Paths of pictures and their class names, None where unknown."""
+def _list(roots: Places, knob: str) -> Split:
     paths: list[str] = []
     names: list[str | None] = []
     for root in roots if isinstance(roots, list | tuple) else [roots]:
         where = Path(str(root)).expanduser()
         if where.is_dir():
             found, labels, others = _walk(where)
-            if not found:
-                raise UserError(f"{knob}={root}: there are no pictures in this folder ({others} other files)")
+            require(found, f"{knob}={root}: there are no images in this folder ({others} other files)")
             if others:
-                log.info("data: %d files of %s are no pictures by their names and are left alone", others, where)
+                log.info("data: %d files in %s are ignored: their suffixes are not those of images", others, where)
         elif where.is_file() and where.suffix.lower() in (".txt", ".csv"):
             found, labels = _read_list(where, knob)
         else:
             raise UserError(f"{knob}={root}: there is no such folder, nor .txt or .csv file")
         paths += found
         names += labels
-    return paths, names
+    return Split(Paths(paths), names)
 
 
 def _walk(root: Path) -> tuple[list[str], list[str | None], int]:
     found: list[str] = []
     names: list[str | None] = []
     others = 0
-    seen: set[str] = set()  # links may lead in circles
-    for folder_, below, files in os.walk(root, followlinks=True):
+    seen: set[str] = set()  # symbolic links may form cycles
+    for parent, below, files in os.walk(root, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        real = os.path.realpath(folder_)
+        real = os.path.realpath(parent)
         if real in seen:
             below.clear()
             continue
         seen.add(real)
-        inside = os.path.relpath(folder_, root).split(os.sep)[0]
-        pictures = [n for n in sorted(files) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
-        found += [os.path.join(folder_, name) for name in pictures]
-        names += [None if inside == "." else inside] * len(pictures)
-        others += len(files) - len(pictures)
+        inside = os.path.relpath(parent, root).split(os.sep)[0]
+        images = [n for n in sorted(files) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+        found += [os.path.join(parent, name) for name in images]
+        names += [None if inside == "." else inside] * len(images)
+        others += len(files) - len(images)
     labelled = None not in names and len(set(names)) > 1
-    if labelled and {str(name).lower() for name in names} <= {
-        "train",
-        "training",
-        "test",
-        "val",
-        "valid",
-        "validation",
-    }:
+    if labelled and {str(name).lower() for name in names} <= SPLIT_NAMES:
         inside = " and ".join(sorted({str(name) for name in names}))
         raise UserError(
             f"data.root={root}: holds the splits {inside}, not classes; give data.root={root / 'train'} and "
@@ -125,6 +113,5 @@ def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
         rows = [dict(zip(columns, (cell.strip() for cell in row), strict=False)) for row in cells if any(row)]
         if not all(row.get("path") for row in rows) or "path" not in columns:
             raise UserError(f"{knob}={file}: the first line must name the columns: path, and label if there are labels")
-    if not rows:
-        raise UserError(f"{knob}={file}: the list is empty")
+    require(rows, f"{knob}={file}: the list is empty")
     return [str(file.parent / row["path"]) for row in rows], [row.get("label") or None for row in rows]

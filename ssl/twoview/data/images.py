@@ -1,28 +1,26 @@
-"""The images of a run in memory, and the order in which training sees them."""
+"""Images of one split, in memory or decoded on access; image statistics, and splits of labels."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from twoview.data.decode import square
 from twoview.errors import UserError
 
-WINDOW = 32  # blocks that images are drawn from at a time
+log = logging.getLogger(__name__)
+
+WINDOW = 32  # number of blocks whose images are shuffled together
 
 
 class Batch(NamedTuple):
-    """What training gets: ``pixels`` uint8 [N, C, H, W], ``ids`` int64 [N], ``labels`` int64 [N], -1 where unknown."""
+    """A batch: ``pixels`` uint8 ``[N, C, H, W]``, ``ids`` int64 ``[N]``, ``labels`` int64 ``[N]``, -1 where unknown."""
 
     pixels: Tensor
     ids: Tensor
@@ -30,29 +28,39 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class ImageArrays(Dataset[Batch]):
-    """Images of one split as one tensor; indexed with many positions at a time.
+class TensorImages(Dataset[Batch]):
+    """Images of one split in one tensor. Indexing takes a sequence of positions and returns a :class:`Batch`.
 
     Args:
         pixels: uint8 ``[N, C, S, S]``.
         labels: int64 ``[N]``, -1 where unknown.
-        blocks: int64 ``[N]``, the block that each image lay in, if it lay in one; keeps the order of training what it
-            would be out of memory.
-        names: what each image is called, such as the path of its file.
+        blocks: int64 ``[N]``, the block that each image was stored in, or None. The order of training depends on it,
+            and is the same whether or not the images fit in memory.
+        names: name of each image, such as the path of its file.
+        known_statistics: what :meth:`statistics` returns, where it has been computed before.
+
+    Attributes:
+        channels: number of channels C.
+        size: height and width S of the images in pixels.
+
+    Raises:
+        UserError: ``pixels`` has another dtype or shape, or the number of labels differs.
     """
 
     pixels: Tensor
     labels: Tensor
     blocks: Tensor | None = None
     names: Sequence[str] | None = None
+    known_statistics: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4 or self.pixels.shape[2] != self.pixels.shape[3]:
             raise UserError(f"images must be uint8 [N, C, S, S], not {self.pixels.dtype} {list(self.pixels.shape)}")
         if len(self.labels) != len(self.pixels):
-            raise UserError(f"{len(self.pixels)} images with {len(self.labels)} labels: give one label an image")
+            raise UserError(f"{len(self.pixels)} images with {len(self.labels)} labels: give one label per image")
+        self.channels, self.size = self.pixels.shape[1:3]
 
-    num_workers = 0  # nothing is left to do for a loader process
+    num_workers = 0  # indexing a tensor needs no loader process
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -61,93 +69,123 @@ class ImageArrays(Dataset[Batch]):
         ids = torch.as_tensor(positions, dtype=torch.int64)
         return Batch(self.pixels[ids.to(self.pixels.device)], ids, self.labels[ids])
 
-    @property
-    def size(self) -> int:
-        """S, height and width of the stored images in pixels."""
-        return self.pixels.shape[2]
-
-    @property
-    def channels(self) -> int:
-        """C of the images."""
-        return self.pixels.shape[1]
-
-    def subset(self, positions: Tensor) -> "ImageArrays":
-        """The images at some positions."""
+    def subset(self, positions: Tensor) -> "TensorImages":
+        """Return the images at the given positions, int64 ``[M]``."""
         blocks = None if self.blocks is None else self.blocks[positions]
         names = None if self.names is None else [self.names[i] for i in positions.tolist()]
-        return ImageArrays(self.pixels[positions], self.labels[positions], blocks, names)
+        return TensorImages(self.pixels[positions], self.labels[positions], blocks, names)
 
     def name(self, position: int) -> str:
-        """What the image at a position is called; its number if it has no name."""
+        """Return the name of the image at a position, or "image N" if it has none."""
         return f"image {position}" if self.names is None else self.names[position]
 
-    def with_labels(self, labels: Tensor) -> "ImageArrays":
-        """The same images with other labels."""
+    def with_labels(self, labels: Tensor) -> "TensorImages":
+        """Return the same images with other labels, int64 ``[N]``."""
         return replace(self, labels=labels)
 
-    def moments(self) -> Tensor:
-        """float64 ``[N, 3, C]``, the statistics of each image; see :func:`moments`."""
-        return moments(self.pixels)
+    def statistics(self) -> Tensor:
+        """Statistics of each image, float64 ``[N, 3, C]``; see :func:`image_statistics`."""
+        if self.known_statistics is None:
+            self.known_statistics = image_statistics(self.pixels)
+        return self.known_statistics
 
 
-class Images(Protocol):
-    """Images of one split, in memory (:class:`ImageArrays`) or decoded when asked for (``folder.Pictures``)."""
+class LazyImages(Dataset[Batch]):
+    """Images of one split that are decoded on access; the counterpart of :class:`TensorImages`.
 
-    labels: Tensor
-    num_workers: int
+    Args:
+        source: sequence of what :func:`twoview.data.square` takes. A source that is read in blocks has an attribute
+            ``starts``, the position of the first image of each block; a source that can name its images, for messages,
+            has a method ``name(position)``.
+        labels: int64 ``[N]``, -1 where unknown.
+        size: height and width of the decoded images in pixels.
+        channels: number of channels C.
+        num_workers: number of loader processes.
+    """
+
+    def __init__(self, source: Sequence[Any], labels: Tensor, size: int, channels: int, num_workers: int = 0) -> None:
+        self.source, self.labels, self.size, self.channels = source, labels, size, channels
+        self.num_workers, self.positions = num_workers, torch.arange(len(source))  # int64 [N], in the source
+        self.known_statistics: Tensor | None = None  # float64 [N, 3, C], once all images have been read
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, positions: Any) -> Batch:
+        ids = torch.as_tensor(positions, dtype=torch.int64)
+        return Batch(torch.stack([self._decode(int(i)) for i in ids]), ids, self.labels[ids])
 
     @property
     def blocks(self) -> Tensor | None:
-        """int64 ``[N]``, the block that each image lies in; None where any order is as good as any other."""
+        """Block that each image is stored in, int64 ``[N]``; None if images can be read in any order at equal cost."""
+        starts = getattr(self.source, "starts", None)
+        return None if starts is None else torch.bucketize(self.positions, torch.as_tensor(starts), right=True)
 
-    @property
-    def size(self) -> int:
-        """Height and width of the stored images in pixels."""
-
-    @property
-    def channels(self) -> int:
-        """C of the images."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, positions: Any) -> Batch: ...
-
-    def subset(self, positions: Tensor) -> "Images":
-        """The images at some positions."""
+    def subset(self, positions: Tensor) -> "LazyImages":
+        """Return the images at the given positions, int64 ``[M]``."""
+        part = self.with_labels(self.labels[positions])
+        part.positions = self.positions[positions]
+        part.known_statistics = None if self.known_statistics is None else self.known_statistics[positions]
+        return part
 
     def name(self, position: int) -> str:
-        """What the image at a position is called."""
+        """Return the name of the image at a position, such as its path, or "item N" if the source has no names."""
+        where = int(self.positions[position])
+        return str(self.source.name(where)) if hasattr(self.source, "name") else f"item {where}"
 
-    def with_labels(self, labels: Tensor) -> "Images":
-        """The same images with other labels."""
+    def with_labels(self, labels: Tensor) -> "LazyImages":
+        """Return the same images with other labels, int64 ``[N]``."""
+        same = copy.copy(self)
+        same.labels = labels
+        return same
 
-    def moments(self) -> Tensor:
-        """float64 ``[N, 3, C]``, the statistics of each image; see :func:`moments`."""
+    def statistics(self) -> Tensor:
+        """Statistics of each image, float64 ``[N, 3, C]``; see :func:`image_statistics`."""
+        if self.known_statistics is None:
+            self.known_statistics = torch.cat([image_statistics(batch.pixels) for batch in in_order(self)])
+        return self.known_statistics
+
+    def _decode(self, position: int) -> Tensor:
+        # All images were readable before training. One that is damaged since then is replaced by the next readable one.
+        for step in range(min(16, len(self))):
+            near = (position + step) % len(self)
+            try:
+                return square(self.source[int(self.positions[near])], self.size, self.channels)
+            except Exception as error:
+                log.warning("data: %s can no longer be read (%s), the next image replaces it", self.name(near), error)
+        raise OSError("16 images in a row can no longer be read: check that the disk is still mounted")
 
 
-def moments(pixels: Tensor) -> Tensor:
-    """Statistics of uint8 ``[N, C, H, W]`` on the scale [0, 1], float64 ``[N, 3, C]``.
+# Images of one split, in memory or decoded on access.
+Images = TensorImages | LazyImages
 
-    Of each channel the mean, the mean square, and the mean with fixed random weights, which tells an image from a
-    mirrored or turned one.
+
+def image_statistics(pixels: Tensor) -> Tensor:
+    """Compute per-channel statistics of each image on the scale [0, 1].
+
+    Args:
+        pixels: uint8 ``[N, C, H, W]``.
+
+    Returns:
+        float64 ``[N, 3, C]``: the mean, the mean square, and the mean weighted by fixed random weights per pixel. The
+        last one differs between an image and its flipped or rotated copy.
     """
-    known, places = [], pixels.shape[2] * pixels.shape[3]
-    weights = torch.rand(places, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(pixels.shape[2:].numel(), generator=torch.Generator().manual_seed(0))
+    known = []
     for part in pixels.split(max(1, 2**22 // max(1, pixels[:1].numel()))):
         values = part.cpu().flatten(2).float().div_(255)
-        known.append(
-            torch.stack([x.mean(2, dtype=torch.float64) for x in (values, values.square(), values * weights)], 1)
-        )
-    return torch.cat(known) if known else torch.zeros(0, 3, pixels.shape[1], dtype=torch.float64)
+        measured = (values, values.square(), values * weights)
+        known.append(torch.stack([x.mean(2, dtype=torch.float64) for x in measured], 1))
+    return torch.cat(known)
 
 
 def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of two parts, fixed by ``seed``, with each class in proportion where the parts are large enough.
+    """Split positions into two parts, fixed by ``seed`` and stratified by class if the parts are large enough.
 
     Args:
         labels: int64 ``[N]``.
-        share: of the second part, in (0, 1).
-        seed: of the split.
+        share: share of the second part, in (0, 1).
+        seed: seed of the split.
 
     Returns:
         int64 positions ``[N - n]`` and ``[n]``, ascending.
@@ -155,252 +193,36 @@ def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tenso
     Raises:
         ValueError: a part would be empty.
     """
+    from sklearn.model_selection import train_test_split
+
     counts = labels.unique(return_counts=True)[1]
-    proportional = int(counts.min()) > 1 and int(share * len(labels)) >= len(counts)
-    parts = train_test_split(
-        np.arange(len(labels)), test_size=share, stratify=labels.numpy() if proportional else None, random_state=seed
-    )
-    first, second = (torch.from_numpy(np.sort(part)) for part in parts)
-    return first, second
+    classes = labels.numpy() if int(counts.min()) > 1 and int(share * len(labels)) >= len(counts) else None
+    first, second = train_test_split(np.arange(len(labels)), test_size=share, stratify=classes, random_state=seed)
+    return torch.from_numpy(np.sort(first)), torch.from_numpy(np.sort(second))
+
+
+def split_holdout(labels: Tensor, share: float, seed: int, knob: str = "eval.holdout") -> tuple[Tensor, Tensor]:
+    """Split positions into those to fit on and those held out; see :func:`split_labels`.
+
+    Args:
+        labels: int64 ``[N]``.
+        share: share that is held out, in (0, 1).
+        seed: seed of the split.
+        knob: name of the knob that ``share`` comes from, for the error message.
+
+    Returns:
+        int64 positions ``[N - h]`` and ``[h]``, ascending.
+
+    Raises:
+        UserError: a part would be empty.
+    """
+    try:
+        return split_labels(labels, share, seed)
+    except ValueError as error:
+        raise UserError(f"{knob}={share}: cannot hold out that share of {len(labels)} labels ({error})") from error
 
 
 def in_order(images: Images, batch_size: int = 512) -> DataLoader[Batch]:
-    """All images once, in their order, for evaluation and statistics."""
+    """Return a loader of all images in their order, for evaluation and statistics."""
     chunks: Any = list(torch.arange(len(images)).split(batch_size))
-    return DataLoader(images, batch_size=None, sampler=chunks, num_workers=images.num_workers)  # type: ignore[arg-type]
-
-
-class BatchOrder(Sampler[Tensor]):
-    """Positions of each batch as a function of (seed, epoch, position), so that a resumed run goes on exactly.
-
-    Every rank gets the same number of equal batches; an incomplete last global batch is left out of the epoch. Images
-    that lie in blocks are shuffled block by block, then within every 32 blocks, and each rank reads its own.
-
-    Args:
-        size: number of images.
-        batch_size: global batch: over all ranks, before accumulation.
-        seed: of the permutations.
-        batches_done: tells how many batches the run has had, read when an epoch starts.
-        rank: of this process.
-        world_size: number of processes.
-        blocks: int64 ``[size]``, the block that each image lies in, or None.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        batches_done: Callable[[], int],
-        rank: int = 0,
-        world_size: int = 1,
-        blocks: Tensor | None = None,
-    ) -> None:
-        self.size, self.batch_size, self.seed, self.batches_done = size, batch_size, seed, batches_done
-        self.rank, self.world_size, self.blocks = rank, world_size, blocks
-
-    def __len__(self) -> int:
-        return self.size // self.batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        epoch, first = divmod(self.batches_done(), len(self))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.size, generator=generator)
-        if self.blocks is None:
-            for i in range(first, len(self)):
-                yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.world_size]
-            return
-        # A stable sort keeps the random order within a window of blocks.
-        shuffled = torch.randperm(int(self.blocks.max()) + 1, generator=generator)
-        order = order[(shuffled[self.blocks[order]] // WINDOW).argsort(stable=True)]
-        share = self.batch_size // self.world_size
-        own = order[self.rank * len(self) * share : (self.rank + 1) * len(self) * share]
-        yield from own.split(share)[first:]
-
-
-class ImageData(L.LightningDataModule):
-    """All images of a run.
-
-    Args:
-        pretrain: images to learn from; their labels are used by supervised methods alone.
-        train: labelled images for the evaluation, often the same object as ``pretrain``; None for no evaluation.
-        test: labelled images, read once at the very end; None for no evaluation.
-        classes: names of the classes.
-        batch_size: global batch of pretraining, over all ranks, before accumulation; images at a time in evaluation.
-        name: of the data set, for reports.
-        mirror: whether a mirrored image is still the same thing.
-        least_crop: share of an image's area below which a crop may be of anything.
-        image_size: height and width that the network sees; None for those of the images.
-
-    Raises:
-        UserError: labels out of range.
-    """
-
-    def __init__(
-        self,
-        pretrain: Images,
-        train: Images | None,
-        test: Images | None,
-        classes: Sequence[str],
-        batch_size: int = 256,
-        name: str = "images",
-        mirror: bool = True,
-        least_crop: float = 0.0,
-        image_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        for split, images in (("training", train), ("test", test)):
-            if images is not None and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(classes):
-                raise UserError(
-                    f"{name}: {split} labels must lie in 0 to {len(classes) - 1} for {len(classes)} classes"
-                )
-        self.pretrain, self.train, self.test = pretrain, train, test
-        self.classes, self.batch_size, self.name = list(classes), batch_size, name
-        self.mirror, self.least_crop = mirror, least_crop
-        self.image_size = image_size or pretrain.size
-        self.broken: list[tuple[str, str]] = []  # files that were left out, and why
-        self.seed = 0
-
-    @property
-    def view_limits(self) -> dict[str, Any]:
-        """What the augmentation must know of these images, as arguments of :class:`twoview.augment.TwoViews`."""
-        mean, std = self.mean_std
-        size = {"image_size": self.image_size, "channels": self.channels}
-        return {**size, "mean": mean, "std": std, "mirror": self.mirror, "least_crop": self.least_crop}
-
-    @property
-    def channels(self) -> int:
-        """C of the images."""
-        return self.pretrain.channels
-
-    @cached_property
-    def _moments(self) -> Tensor:
-        return self.pretrain.moments()
-
-    @cached_property
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of each channel over the images to learn from, on the scale [0, 1]."""
-        mean, square = self._moments[:, :2].mean(0)
-        return mean.tolist(), (square - mean**2).clamp(min=1e-6).sqrt().tolist()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all images, by the statistics of each, and of their labels and order."""
-        content = self._moments.numpy().tobytes() + self.pretrain.labels.numpy().tobytes()
-        for split in (self.train, self.test):
-            if split is not None:
-                content += split.moments().numpy().tobytes() + split.labels.numpy().tobytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-    def hide_labels(self, positions: Tensor) -> None:
-        """Keep the labels of some images of ``train`` from pretraining, so that choices can be made on them.
-
-        Args:
-            positions: int64, in ``train``.
-        """
-        known = torch.nonzero(self.pretrain.labels >= 0).flatten()
-        if self.train is not None and len(known) == len(self.train):  # the same ones, in the same order
-            labels = self.pretrain.labels.clone()
-            labels[known[positions]] = -1
-            self.pretrain = self.pretrain.with_labels(labels)
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches of unaugmented uint8 images, which lie on a GPU already if they take a quarter of what is free."""
-        if self.trainer is None:
-            raise RuntimeError("train_dataloader is for the Trainer")
-        device, world_size = self.trainer.strategy.root_device, self.trainer.world_size
-        images = self.pretrain
-        held = False
-        if isinstance(images, ImageArrays) and device.type == "cuda":
-            held = images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-            images.pixels = images.pixels.to(device) if held else images.pixels
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        order = BatchOrder(
-            len(self.pretrain),
-            self.batch_size,
-            self.seed,
-            lambda: progress.total.ready,
-            self.trainer.global_rank,
-            world_size,
-            images.blocks,
-        )
-        pin = device.type == "cuda" and not held
-        return DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=order,
-            pin_memory=pin,
-            num_workers=images.num_workers,
-            persistent_workers=images.num_workers > 0,
-        )
-
-
-def fit_size(pixels: Tensor, size: int) -> Tensor:
-    """uint8 ``[N, C, H, W]`` resized to ``[N, C, size, size]``, bilinear with antialias; as it is where it fits."""
-    if pixels.shape[2:] == (size, size):
-        return pixels
-    parts = [F.interpolate(p.float(), (size, size), mode="bilinear", antialias=True) for p in pixels.split(1024)]
-    return torch.cat([p.round().clamp(0, 255).to(torch.uint8) for p in parts])
-
-
-def fit_channels(pixels: Tensor, channels: int) -> Tensor:
-    """uint8 ``[N, C, H, W]`` with 1 channel repeated to 3, or 3 turned into the luma of ITU-R 601.
-
-    Raises:
-        UserError: any other change.
-    """
-    have = pixels.shape[1]
-    if have == channels:
-        return pixels
-    if (have, channels) == (1, 3):
-        return pixels.expand(-1, 3, -1, -1).contiguous()
-    if (have, channels) == (3, 1):
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        return torch.cat([(p * luma).sum(1, keepdim=True).round().to(torch.uint8) for p in pixels.split(1024)])
-    raise UserError(f"data.channels={channels}: these images have {have}; only 1 and 3 turn into each other")
-
-
-class Preprocess(nn.Module):
-    """What evaluation and deployment do with an image: resize, cut out the centre square, scale, normalise.
-
-    Args:
-        image_size: height and width of the result in pixels.
-        mean: C means on the scale [0, 1].
-        std: C deviations on the same scale.
-        store_size: what the short side is resized to first; None for ``image_size``.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, image_size: int, mean: Sequence[float], std: Sequence[float], store_size: int | None = None
-    ) -> None:
-        super().__init__()
-        self.image_size, self.store_size = image_size, store_size or image_size
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
-
-    def forward(self, images: Tensor | Image.Image) -> Tensor:
-        """Normalise.
-
-        Args:
-            images: uint8 ``[N, C, H, W]`` or ``[C, H, W]``, or one PIL image.
-
-        Returns:
-            fp32 ``[N, C, image_size, image_size]``, on the device of this module.
-
-        Raises:
-            TypeError: a tensor that is not uint8.
-        """
-        channels = len(self.mean)
-        if isinstance(images, Image.Image):
-            images = square(images, self.store_size, channels)
-        if images.dtype != torch.uint8:
-            raise TypeError(f"Preprocess takes uint8 images in [0, 255], not {images.dtype}")
-        images = fit_channels(images[None] if images.ndim == 3 else images, channels)
-        if tuple(images.shape[2:]) != (self.store_size, self.store_size):
-            images = torch.stack([square(image, self.store_size, channels) for image in images.cpu()])
-        top = (self.store_size - self.image_size) // 2
-        pixels = images[:, :, top : top + self.image_size, top : top + self.image_size].to(self.mean.device)
-        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
+    return DataLoader(images, batch_size=None, sampler=chunks, num_workers=images.num_workers)

@@ -1,126 +1,123 @@
-"""Data sets by name: scikit-learn's digits, which are always there, and torchvision's."""
+"""Data sets by name: scikit-learn's digits, those of torchvision, and noise."""
 
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torchvision import datasets
 
-from twoview.data.images import ImageArrays, ImageData, fit_channels, fit_size
-from twoview.errors import UserError
+from twoview.data.image_data import ImageData
+from twoview.data.images import TensorImages
+from twoview.data.preprocess import fit_channels, fit_size, stored_size
+from twoview.errors import UserError, require
 
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
 def digits(
-    image_size: int = 32, channels: int = 1, batch_size: int = 128, mirror: bool = False, least_crop: float = 0.3
+    image_size: int = 32, channels: int = 1, batch_size: int = 128, allow_flip: bool = False, min_crop_area: float = 0.3
 ) -> ImageData:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, resized; a fixed stratified split of 1,347 and 450.
+    """Load scikit-learn's 1,797 handwritten digits of 8x8 pixels, with a fixed stratified split of 1,347 and 450.
 
     Args:
-        image_size: height and width after resizing, in pixels.
+        image_size: height and width after resizing in pixels.
         channels: 1 or 3.
-        batch_size: global batch of pretraining.
-        mirror: whether views may be mirrored; a mirrored digit is another shape or none.
-        least_crop: least share of a digit in a view; a smaller part may be of any digit.
+        batch_size: global batch size of pretraining.
+        allow_flip: whether horizontal flips preserve the meaning of the images; a flipped digit is another one or none.
+        min_crop_area: smallest share of the area of an image that a crop may have; smaller parts of digits look alike.
     """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=450, stratify=labels, random_state=0)
-    learn, judge = (_arrays(pixels[i], labels[i], image_size, channels) for i in (train, test))
-    return ImageData(learn, learn, judge, [str(i) for i in range(10)], batch_size, "digits", mirror, least_crop)
+    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)[:, None]
+    split = train_test_split(np.arange(len(pixels)), test_size=450, stratify=bunch.target, random_state=0)
+    train, test = (_resized(pixels[i], bunch.target[i], image_size, channels) for i in split)
+    return ImageData(train, train, test, [str(i) for i in range(10)], batch_size, "digits", allow_flip, min_crop_area)
 
 
 def fake(
     image_size: int = 32, channels: int = 3, batch_size: int = 256, images: int = 2048, classes: int = 10
 ) -> ImageData:
-    """Noise with labels, for speed tests; the class shifts the brightness a little, so that there is something to find.
+    """Generate noise for speed tests; its brightness depends slightly on the class, so that there is a signal to learn.
 
     Args:
         image_size: height and width in pixels.
         channels: any number.
-        batch_size: global batch of pretraining.
-        images: number of training images; a quarter as many test images.
-        classes: number of classes.
+        batch_size: global batch size of pretraining.
+        images: number of training images; there are a quarter as many test images.
+        classes: number of classes, at least 2.
     """
-    if classes < 2:
-        raise UserError(f"data.classes={classes}: must be at least 2")
+    require(classes >= 2, f"data.classes={classes}: must be at least 2")
     generator = torch.Generator().manual_seed(0)
 
-    def split(count: int) -> ImageArrays:
+    def split(count: int) -> TensorImages:
         labels = torch.arange(count) % classes
         noise = torch.randint(0, 156, (count, channels, image_size, image_size), generator=generator)
-        return ImageArrays((noise + (100 * labels // classes).view(-1, 1, 1, 1)).to(torch.uint8), labels)
+        return TensorImages((noise + (100 * labels // classes).view(-1, 1, 1, 1)).to(torch.uint8), labels)
 
     train, test = split(images), split(max(images // 4, classes))
     return ImageData(train, train, test, [str(i) for i in range(classes)], batch_size, name="fake")
 
 
 def cifar10(
-    root: str | Path, download: bool = True, image_size: int = 32, channels: int = 3, batch_size: int = 512
+    root: str | Path = "data", download: bool = True, image_size: int = 32, channels: int = 3, batch_size: int = 512
 ) -> ImageData:
-    """CIFAR-10 from ``root``, fetched there if missing: 50,000 and 10,000 images of 32x32 pixels.
+    """Load CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels.
 
     Args:
-        root: folder that holds, or will hold, ``cifar-10-batches-py``.
-        download: fetch what is missing.
-        image_size: height and width after resizing, in pixels.
+        root: folder of ``cifar-10-batches-py``.
+        download: whether to download the files to ``root`` if they are missing.
+        image_size: height and width after resizing in pixels.
         channels: 1 or 3.
-        batch_size: global batch of pretraining.
+        batch_size: global batch size of pretraining.
 
     Raises:
-        UserError: the files are neither there nor to be had.
+        UserError: the files are missing and cannot be downloaded.
     """
-    return _cifar(datasets.CIFAR10, "cifar10", root, download, image_size, channels, batch_size)
+    return _cifar("cifar10", root, download, image_size, channels, batch_size)
 
 
 def cifar100(
-    root: str | Path, download: bool = True, image_size: int = 32, channels: int = 3, batch_size: int = 512
+    root: str | Path = "data", download: bool = True, image_size: int = 32, channels: int = 3, batch_size: int = 512
 ) -> ImageData:
-    """CIFAR-100, as :func:`cifar10`; the folder is ``cifar-100-python``."""
-    return _cifar(datasets.CIFAR100, "cifar100", root, download, image_size, channels, batch_size)
+    """Load CIFAR-100 from ``cifar-100-python``; see :func:`cifar10`."""
+    return _cifar("cifar100", root, download, image_size, channels, batch_size)
 
 
 def stl10(
-    root: str | Path, download: bool = True, image_size: int = 96, channels: int = 3, batch_size: int = 256
+    root: str | Path = "data", download: bool = True, image_size: int = 96, channels: int = 3, batch_size: int = 256
 ) -> ImageData:
-    """STL-10: 100,000 unlabelled images to learn from, 5,000 and 8,000 labelled ones in ``stl10_binary``."""
+    """Load STL-10 from ``stl10_binary``; see :func:`cifar10`.
 
-    def split(name: str) -> ImageArrays:
-        found = _fetch(datasets.STL10, "stl10", root, download, split=name)
-        return _arrays(
-            torch.from_numpy(found.data), torch.from_numpy(np.asarray(found.labels)).long(), image_size, channels
-        )
+    There are 100,000 unlabelled images of 96x96 pixels to pretrain on, 5,000 training and 8,000 test images.
+    """
+
+    def split(name: str) -> TensorImages:
+        found = _load("stl10", root, download, split=name)
+        return _resized(found.data, found.labels, image_size, channels)
 
     return ImageData(split("unlabeled"), split("train"), split("test"), STL10_CLASSES, batch_size, name="stl10")
 
 
-def _cifar(
-    kind: Any, name: str, root: str | Path, download: bool, image_size: int, channels: int, batch_size: int
-) -> ImageData:
-    found = [_fetch(kind, name, root, download, train=train) for train in (True, False)]
-    train, test = (
-        _arrays(torch.from_numpy(d.data).permute(0, 3, 1, 2), torch.tensor(d.targets), image_size, channels)
-        for d in found
-    )
+def _cifar(name: str, root: str | Path, download: bool, image_size: int, channels: int, batch_size: int) -> ImageData:
+    found = [_load(name, root, download, train=train) for train in (True, False)]
+    train, test = (_resized(d.data.transpose(0, 3, 1, 2), d.targets, image_size, channels) for d in found)
     return ImageData(train, train, test, found[0].classes, batch_size, name=name)
 
 
-def _fetch(kind: Any, name: str, root: str | Path, download: bool, **which: Any) -> Any:
-    root = Path(str(root)).expanduser()
-    try:
+def _load(name: str, root: str | Path, download: bool, **which: Any) -> Any:
+    from torchvision import datasets
+
+    kind, root = getattr(datasets, name.upper()), Path(str(root)).expanduser()
+    with suppress(RuntimeError):  # torchvision: the files are missing or corrupted
         return kind(root, **which)
-    except RuntimeError:  # torchvision: not found or corrupted
-        advice = f"put its files there, or give your own pictures with data=folder data.root={root}"
-        if not download:
-            raise UserError(f"data.root={root}: {name} is not there and data.download=false; {advice}") from None
+    advice = f"put its files there, or give your own images with data=folder data.root={root}"
+    require(download, f"data.root={root}: {name} is not there and data.download=false; {advice}")
     try:
-        # Before a folder is made for nothing.
+        # Check the connection first: torchvision would create an empty folder.
         urllib.request.urlopen(kind.url, timeout=10).close()
         return kind(root, download=True, **which)
     except (OSError, RuntimeError) as error:
@@ -129,7 +126,7 @@ def _fetch(kind: Any, name: str, root: str | Path, download: bool, **which: Any)
         ) from error
 
 
-def _arrays(pixels: torch.Tensor, labels: torch.Tensor, image_size: int, channels: int) -> ImageArrays:
-    if image_size < 8:
-        raise UserError(f"data.image_size={image_size}: must be at least 8")
-    return ImageArrays(fit_size(fit_channels(pixels.contiguous(), channels), image_size), labels)
+def _resized(pixels: np.ndarray, labels: Any, image_size: int, channels: int) -> TensorImages:
+    size = stored_size(image_size, store_size=image_size)
+    stored = torch.from_numpy(np.ascontiguousarray(pixels))
+    return TensorImages(fit_size(fit_channels(stored, channels), size), torch.as_tensor(labels).long())

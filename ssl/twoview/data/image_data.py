@@ -1,0 +1,175 @@
+"""The images of a run: one split to pretrain on, two labelled splits for the evaluation; from a user's own Dataset."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twoview.data.decode import square
+from twoview.data.images import Images, LazyImages
+from twoview.data.preprocess import stored_size
+from twoview.errors import UserError, require
+
+
+class ImageData:
+    """All images of a run.
+
+    Args:
+        pretrain: images to pretrain on; only supervised methods use their labels.
+        train: labelled images for the evaluation, often the same object as ``pretrain``; None for no evaluation.
+        test: labelled images, read once, for the final table; None for no evaluation.
+        classes: names of the classes.
+        batch_size: global batch size of pretraining, over all ranks, before accumulation; also the number of images at
+            a time in evaluation.
+        name: name of the data set, for reports.
+        allow_flip: whether horizontal flips preserve the meaning of the images.
+        min_crop_area: smallest share of the area of an image, in [0, 1], that a crop may have.
+        image_size: height and width of the network's input in pixels; None for those of the images.
+
+    Attributes:
+        channels: number of channels C.
+        broken: name of each file that could not be read, and the reason.
+
+    Raises:
+        UserError: labels out of range.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        pretrain: Images,
+        train: Images | None,
+        test: Images | None,
+        classes: Sequence[str],
+        batch_size: int = 256,
+        name: str = "images",
+        allow_flip: bool = True,
+        min_crop_area: float = 0.0,
+        image_size: int | None = None,
+    ) -> None:
+        for split, images in (("training", train), ("test", test)):
+            known = images is None or 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(classes)
+            require(known, f"{name}: {split} labels must lie in 0 to {len(classes) - 1} for {len(classes)} classes")
+        self.pretrain, self.train, self.test = pretrain, train, test
+        self.classes, self.batch_size, self.name = list(classes), batch_size, name
+        self.allow_flip, self.min_crop_area = allow_flip, min_crop_area
+        self.image_size, self.channels = image_size or pretrain.size, pretrain.channels
+        self.broken: list[tuple[str, str]] = []
+
+    @property
+    def labelled(self) -> tuple[Images, Images]:
+        """Labelled training and test images.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.train is None or self.test is None:
+            raise UserError(f"data: {self.name} has no labels to fit and test a probe with; give labelled images")
+        return self.train, self.test
+
+    @cached_property
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over the images to pretrain on, on the scale [0, 1]."""
+        mean, mean_square = self.pretrain.statistics()[:, :2].mean(0)
+        return mean.tolist(), (mean_square - mean**2).clamp(min=1e-6).sqrt().tolist()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the statistics and labels of all images, in their order."""
+        return _hash(*(split for split in (self.pretrain, self.train, self.test) if split is not None))
+
+    @cached_property
+    def test_fingerprint(self) -> str | None:
+        """Hash of the statistics and labels of the test images, in their order; None without test images."""
+        return None if self.test is None else _hash(self.test)
+
+    def view_limits(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> dict[str, Any]:
+        """Return what the augmentation depends on, as keyword arguments of :class:`twoview.augment.TwoViews`.
+
+        Args:
+            mean: mean of each channel to normalize with, on the scale [0, 1]; None for that of these images.
+            std: standard deviation of each channel, likewise.
+        """
+        mean, std = mean or self.mean_std[0], std or self.mean_std[1]
+        size = {"image_size": self.image_size, "channels": self.channels, "mean": mean, "std": std}
+        return {**size, "allow_flip": self.allow_flip, "min_crop_area": self.min_crop_area}
+
+    def hide_labels(self, positions: Tensor) -> None:
+        """Set the labels of some images to -1 in ``pretrain``, so that hyper-parameters can be chosen on them.
+
+        Args:
+            positions: int64, positions in ``train``.
+        """
+        known = torch.nonzero(self.pretrain.labels >= 0).flatten()
+        if self.train is not None and len(known) == len(self.train):  # the same images, in the same order
+            labels = self.pretrain.labels.clone()
+            labels[known[positions]] = -1
+            self.pretrain = self.pretrain.with_labels(labels)
+
+
+def _hash(*splits: Images) -> str:
+    content = b"".join(t.numpy().tobytes() for split in splits for t in (split.statistics(), split.labels))
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class Items(Sequence[Any]):
+    """Images of a user's Dataset, whose items are images or tuples that begin with one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: Any) -> Any:
+        item = self.dataset[int(position)]
+        return item[0] if isinstance(item, tuple | list) else item
+
+
+def from_dataset(
+    dataset: Any,
+    image_size: int = 64,
+    channels: int = 3,
+    batch_size: int = 256,
+    test: Any = None,
+    store_size: int | None = None,
+    num_workers: int = 0,
+) -> ImageData:
+    """Read the images of your own torch Dataset, whose items are images or tuples ``(image, label)``.
+
+    Args:
+        dataset: Dataset with ``len()``; images are what :func:`twoview.data.square` takes, labels are integers.
+        image_size: height and width of the network's input in pixels.
+        channels: number of channels C.
+        batch_size: global batch size of pretraining.
+        test: another such Dataset, labelled, to test on; None for no evaluation.
+        store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
+            times ``image_size``.
+        num_workers: number of loader processes.
+
+    Raises:
+        UserError: the items are of another kind, or a size is too small.
+    """
+    size = stored_size(image_size, store_size)
+
+    def images(given: Any) -> LazyImages:
+        first = given[0]
+        labelled = isinstance(first, tuple | list) and len(first) > 1
+        try:
+            square(Items(given)[0], size, channels)
+            int(first[1] if labelled else 0)
+        except Exception as error:
+            raise UserError(
+                f"data: the first item of {type(given).__name__} is neither an image nor a tuple of one and its class "
+                f"number ({error}); give PIL images, uint8 arrays or tensors, or floats in [0, 1], not normalized"
+            ) from error
+        labels = [int(given[i][1]) for i in range(len(given))] if labelled else [-1] * len(given)
+        return LazyImages(Items(given), torch.tensor(labels), size, channels, num_workers)
+
+    pretrain = images(dataset)
+    tested = images(test) if test is not None and int(pretrain.labels.min()) >= 0 else None
+    train = pretrain if tested is not None else None
+    classes = [str(i) for i in range(1 + max(int(split.labels.max()) for split in (pretrain, tested or pretrain)))]
+    return ImageData(pretrain, train, tested, classes, batch_size, type(dataset).__name__, image_size=image_size)

@@ -1,0 +1,149 @@
+"""Images in Parquet files, as on the Hugging Face hub."""
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from twoview.data.image_data import ImageData
+from twoview.data.images import WINDOW
+from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
+from twoview.errors import UserError, require
+
+CACHE_BYTES = 2**28  # largest size of the row groups that each process caches
+
+
+class ParquetImages(Sequence[bytes]):
+    """Encoded images in a column of Parquet files. Row groups are read whole and the latest are cached.
+
+    Args:
+        files: Parquet files with the same columns.
+        column: name of the column: binary, or a struct with a field ``bytes`` as on the Hugging Face hub.
+        groups: for each row group, the number of its file and its number in that file.
+        starts: position of the first image of each row group, then the number of all images.
+    """
+
+    def __init__(self, files: list[str], column: str, groups: list[tuple[int, int]], starts: np.ndarray) -> None:
+        self.files, self.column, self.groups, self.starts = files, column, groups, starts
+        self.cached: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, position: Any) -> Any:
+        if not 0 <= position < len(self):
+            raise IndexError(position)
+        group = bisect_right(self.starts, position) - 1
+        if group in self.cached:
+            self.cached.move_to_end(group)
+        else:
+            self.cached[group] = self._read(group)
+            # Training draws from WINDOW groups at a time.
+            while len(self.cached) > WINDOW or (len(self.cached) > 1 and self._bytes() > CACHE_BYTES):
+                self.cached.popitem(last=False)
+        encoded = self.cached[group][position - int(self.starts[group])].as_py()
+        if encoded is None:
+            raise ValueError("this row has no bytes")
+        return encoded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cached": OrderedDict()}
+
+    def name(self, position: int) -> str:
+        """Return the file and row of the image at a position, for messages."""
+        group = bisect_right(self.starts, position) - 1
+        file, number = self.groups[group]
+        return f"{self.files[file]}, row {position - int(self.starts[group])} of row group {number}"
+
+    def _bytes(self) -> int:
+        return sum(column.nbytes for column in self.cached.values())
+
+    def _read(self, group: int) -> Any:
+        import pyarrow.compute
+        import pyarrow.parquet
+
+        file, number = self.groups[group]
+        # Single-threaded: pyarrow's thread pool does not survive the fork of a loader process.
+        with pyarrow.parquet.ParquetFile(self.files[file]) as handle:
+            column = handle.read_row_group(number, columns=[self.column], use_threads=False)[self.column]
+        column = column.combine_chunks()
+        return pyarrow.compute.struct_field(column, "bytes") if pyarrow.types.is_struct(column.type) else column
+
+
+def parquet(
+    root: Places,
+    eval_root: Places | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    **options: Any,
+) -> ImageData:
+    """Load images from Parquet files, as on the Hugging Face hub.
+
+    Images that do not fit in memory are read by row groups: each epoch shuffles the row groups, then the images within
+    every 32 row groups. With several ranks, each rank reads its own share of the row groups.
+
+    Args:
+        root: a file, a folder with the ``.parquet`` files of one split, a glob pattern such as
+            ``data/train-*.parquet``, or a list of these.
+        eval_root: the same for labelled test images.
+        image_column: name of the column of images; None for "image" or "img".
+        label_column: name of the column of labels; None for "label", "labels" or "fine_label", if there is one.
+        options: fields of :class:`twoview.data.splits.LoadSettings`.
+
+    Raises:
+        UserError: no images there, a column is missing, or too many images are unreadable.
+    """
+    find = partial(_read_index, image_column=image_column, label_column=label_column)
+    return load_splits(find, root, eval_root, "parquet", LoadSettings(**options))
+
+
+def _read_index(root: Places, knob: str, image_column: str | None, label_column: str | None) -> Split:
+    files = find_shards(root, knob, (".parquet",))
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError('data=parquet needs: pip install "twoview[parquet]"') from None
+    groups, sizes, names = [], [0], []
+    columns: tuple[str, str | None] = ("", None)  # those of the first file
+    for number, file in enumerate(files):
+        try:
+            with pyarrow.parquet.ParquetFile(file) as handle:
+                schema = handle.schema_arrow
+                columns = columns if number else _columns(schema, knob, image_column, label_column)
+                groups += [(number, group) for group in range(handle.num_row_groups)]
+                sizes += [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
+                names += _label_names(handle.read([columns[1]])[columns[1]], schema, columns[1]) if columns[1] else []
+        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            raise UserError(f"{knob}: {file} cannot be read as Parquet ({error}); repair or remove it") from error
+    require(sum(sizes), f"{knob}: there are no rows in {', '.join(files[:3])}")
+    images = ParquetImages(files, columns[0], groups, np.cumsum(sizes, dtype=np.int64))
+    return Split(images, names or [None] * len(images))
+
+
+def _columns(schema: Any, knob: str, image: str | None, label: str | None) -> tuple[str, str | None]:
+    images = [name for name in ([image] if image else ["image", "img"]) if name in schema.names]
+    labels = [name for name in ([label] if label else ["label", "labels", "fine_label"]) if name in schema.names]
+    advice = f"the columns of {knob} are {', '.join(schema.names)}; name one"
+    require(images, f"data.image_column={image}: {advice}")
+    require(labels or not label, f"data.label_column={label}: {advice}")
+    return images[0], labels[0] if labels else None
+
+
+def _label_names(column: Any, schema: Any, name: str) -> list[str | None]:
+    """Return class names as the hub declares them, or else the values as text; None for null and negative numbers."""
+    hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = hub.get("info", {}).get("features", {}).get(name)
+    declared = feature.get("names") if isinstance(feature, dict) else None
+    values = column.to_pylist()
+    names: dict[Any, str | None] = {}
+    try:
+        for value in set(values):
+            unknown = value is None or (isinstance(value, int) and value < 0)
+            names[value] = None if unknown else declared[value] if declared else str(value)
+    except (TypeError, IndexError) as error:
+        raise UserError(f"data.label_column={name}: holds no class numbers or names ({error}); name another") from error
+    return [names[value] for value in values]

@@ -1,0 +1,185 @@
+"""The splits of a run from images in one or two places, and the search for files there."""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from twoview.data.image_data import ImageData
+from twoview.data.images import Images, LazyImages, split_labels
+from twoview.data.preprocess import stored_size
+from twoview.data.scan import read_all
+from twoview.errors import UserError, require
+
+log = logging.getLogger(__name__)
+
+Places = str | Sequence[str]  # one or several files, folders or patterns
+
+
+class Split(NamedTuple):
+    """Images found in one place: a sequence of encoded images, and the class name of each, None where unknown."""
+
+    source: Sequence[Any]
+    class_names: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How images are loaded; the options of :func:`folder`, :func:`parquet` and :func:`webdataset` in ``twoview.data``.
+
+    Args:
+        image_size: height and width of the network's input in pixels.
+        store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
+            times ``image_size``.
+        channels: 1, 3, 4, or the number of channels of ``.npy`` and multi-channel TIFF files.
+        batch_size: global batch size of pretraining.
+        max_broken: largest share of images that may be unreadable, in [0, 1]; they are left out and listed.
+        memory: largest size in bytes of decoded images to hold in memory; None for a quarter of the free memory. Larger
+            data sets are decoded by loader processes in every epoch.
+        num_workers: number of loader processes; None for one per core.
+        allow_flip: whether horizontal flips preserve the meaning of the images.
+        min_crop_area: smallest share of the area of an image, in [0, 1], that a crop may have.
+        seed: seed of the test split.
+    """
+
+    image_size: int = 64
+    store_size: int | None = None
+    channels: int = 3
+    batch_size: int = 256
+    max_broken: float = 0.01
+    memory: float | None = None
+    num_workers: int | None = None
+    allow_flip: bool = True
+    min_crop_area: float = 0.0
+    seed: int = 0
+
+
+def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str]:
+    """List the shards in one or several places.
+
+    Args:
+        roots: a file, a folder, a glob pattern, or a list of these.
+        knob: knob that ``roots`` comes from, for messages.
+        suffixes: suffixes of shards in a folder.
+
+    Raises:
+        UserError: no shards there, or shards of several splits in a folder.
+    """
+    found: list[str] = []
+    for root in roots if isinstance(roots, list | tuple) else [roots]:
+        where = os.path.expanduser(str(root))
+        local = "://" not in where and not where.startswith("pipe:")
+        require(local, f"{knob}={root}: shards are read from local disks; copy them to one first")
+        if os.path.isdir(where):
+            files = sorted(str(path) for path in Path(where).rglob("*") if path.name.endswith(suffixes))
+            # On the Hugging Face hub, file or folder names begin with the name of the split.
+            parts = {part for file in files for part in Path(file).relative_to(where).parts}
+            splits = {match[0] for part in parts if (match := re.match(r"train|test|valid|val", part))}
+            if len(splits) > 1:
+                raise UserError(
+                    f"{knob}={root}: this folder holds several splits ({', '.join(sorted(splits))}); give a pattern "
+                    f"for one of them, such as {knob}={Path(where) / f'train*{suffixes[0]}'}"
+                )
+        else:
+            files = [where] if os.path.isfile(where) else sorted(glob.glob(where, recursive=True))
+        require(files, f"{knob}={root}: no {suffixes[0]} file there; give a file, a folder or a pattern with *")
+        found += files
+    return found
+
+
+def load_splits(
+    find: Callable[[Places, str], Split], root: Places, eval_root: Places | None, name: str, settings: LoadSettings
+) -> ImageData:
+    """Load the images of a run.
+
+    Without ``eval_root``, a fixed fifth of the labelled images is held out as the test split. If only ``eval_root`` has
+    labels, its images are split into training and test images of the evaluation instead.
+
+    Args:
+        find: ``find(root, knob)`` lists the images in one place.
+        root: place of the images to pretrain on.
+        eval_root: place of labelled test images, or None.
+        name: name of the data set, for reports.
+        settings: see :class:`LoadSettings`.
+
+    Raises:
+        UserError: a size is too small, or too many images are unreadable.
+    """
+    size, channels = stored_size(settings.image_size, settings.store_size), settings.channels
+    found = {"data.root": find(root, "data.root")}
+    if eval_root:
+        found["data.eval_root"] = find(eval_root, "data.eval_root")
+        _compare_classes(found)
+    named = {label for split in found.values() for label in split.class_names if label is not None}
+    # If all names are numbers, sort them as numbers: 2 before 10.
+    classes = sorted(named, key=lambda label: (len(label) if all(map(str.isdigit, named)) else 0, label))
+    numbers: dict[str | None, int] = {None: -1} | {label: number for number, label in enumerate(classes)}
+    workers = (os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
+    budget = _free_bytes() / 4 if settings.memory is None else settings.memory
+    needed = sum(len(split.source) for split in found.values()) * channels * size * size
+    keep = needed <= budget
+    splits, broken = [], []
+    for knob, (source, names) in found.items():
+        images = LazyImages(source, torch.tensor([numbers[n] for n in names]), size, channels, workers)
+        readable, unreadable = read_all(images, settings.max_broken, knob, keep)
+        splits.append(readable)
+        broken += unreadable
+    stored = f"{size} pixels, center squares cropped ({channels} channels, {needed / 1e6:,.0f} MB)"
+    where = "held in memory" if keep else "decoded in every epoch"
+    log.info("data: short sides are resized to %s, %s; network input: %d pixels", stored, where, settings.image_size)
+    limits = (settings.allow_flip, settings.min_crop_area, settings.image_size)
+    data = ImageData(*_split(splits, settings.seed), classes, settings.batch_size, name, *limits)
+    data.broken = broken
+    return data
+
+
+def _compare_classes(found: dict[str, Split]) -> None:
+    """Ignore the labels of ``data.root`` if it shares no class with ``data.eval_root``; warn if it lacks some."""
+    first, second = found.values()
+    ours, theirs = ({name for name in split.class_names if name is not None} for split in (first, second))
+    if ours and theirs and not ours & theirs:
+        log.warning(
+            "data: data.root has classes %s, data.eval_root %s: none in common, so data.root is taken as unlabelled",
+            *(", ".join(sorted(names)[:3]) for names in (ours, theirs)),
+        )
+        found["data.root"] = Split(first.source, [None] * len(first.class_names))
+    elif ours and theirs - ours:
+        log.warning("data: data.root has no images of the test classes %s", ", ".join(sorted(theirs - ours)[:5]))
+
+
+def _split(splits: Sequence[Images], seed: int) -> tuple[Images, Images | None, Images | None]:
+    """Return the images to pretrain on, and labelled images to fit and to test probes on, or None."""
+    known = [torch.nonzero(split.labels >= 0).flatten() for split in splits]
+    labelled = [s if len(k) == len(s) else s.subset(k) for s, k in zip(splits, known, strict=True)]
+    if len(splits) == 2 and len(labelled[0]) and len(labelled[1]):
+        return splits[0], labelled[0], labelled[1]
+    if len(labelled[-1]) < 10:
+        log.info("data: fewer than 10 labelled images: no evaluation")
+        return splits[0], None, None
+    train, test = split_labels(labelled[-1].labels, 0.2, seed)
+    log.info("data: %d labelled images, a fixed fifth, are held out as the test split", len(test))
+    fitted, tested = labelled[-1].subset(train), labelled[-1].subset(test)
+    if len(splits) == 2:
+        return splits[0], fitted, tested
+    # Pretraining uses the unlabelled images too, but never the test images.
+    unlabelled = torch.nonzero(splits[0].labels < 0).flatten()
+    pretrain = splits[0].subset(torch.cat([known[0][train], unlabelled]).sort().values) if len(unlabelled) else fitted
+    return pretrain, fitted, tested
+
+
+def _free_bytes() -> float:
+    free: list[float] = []
+    with suppress(OSError, ValueError):  # not Linux, or no such limit
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        # A container or a cluster job may be limited to less than the machine has; "max" is no limit and no number.
+        limit, used = (float(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free, default=4e9)

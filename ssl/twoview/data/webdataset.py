@@ -1,0 +1,105 @@
+"""Images in WebDataset tar shards."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from twoview.data.decode import SUFFIXES
+from twoview.data.image_data import ImageData
+from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
+from twoview.errors import UserError, require
+
+
+class TarImages(Sequence[bytes]):
+    """Encoded images in uncompressed tar files, read in place.
+
+    Args:
+        files: the shards.
+        where: int64 ``[N, 3]``: for each image, the number of its shard, the offset of its first byte, and its size.
+    """
+
+    def __init__(self, files: list[str], where: np.ndarray) -> None:
+        self.files, self.where = files, where
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, position: Any) -> Any:
+        shard, first, size = (int(number) for number in self.where[position])
+        # Opened for each image: forked workers would share the offset of an open file, and it cannot be pickled.
+        with open(self.files[shard], "rb") as handle:
+            handle.seek(first)
+            return handle.read(size)
+
+    def name(self, position: int) -> str:
+        """Return the shard and offset of the image at a position, for messages."""
+        return f"{self.files[int(self.where[position][0])]}, byte {int(self.where[position][1])}"
+
+
+def webdataset(root: Places, eval_root: Places | None = None, **options: Any) -> ImageData:
+    """Load images from WebDataset tar shards on local disks.
+
+    The headers of the shards are read once and images are read in place, so that shuffling is over all images. The
+    label of a sample is its ``.cls`` file, or "label" or "cls" in its ``.json`` file, if there is one.
+
+    Args:
+        root: a file, a folder with the ``.tar`` files of one split, a glob pattern such as ``shards/train-*.tar``, or a
+            list of these.
+        eval_root: the same for labelled test images.
+        options: fields of :class:`twoview.data.splits.LoadSettings`.
+
+    Raises:
+        UserError: no images there, compressed shards, or too many images unreadable.
+    """
+    return load_splits(_read_index, root, eval_root, "webdataset", LoadSettings(**options))
+
+
+def _read_index(root: Places, knob: str) -> Split:
+    files = find_shards(root, knob, (".tar", ".tgz", ".tar.gz"))
+    where, names = [], []
+    for number, file in enumerate(files):
+        try:
+            with tarfile.open(file, "r:") as shard:
+                for image, name in _samples(shard):
+                    where.append((number, image.offset_data, image.size))
+                    names.append(name)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(
+                f"{knob}: {file} cannot be read as an uncompressed tar file ({error}); unpack, repair or remove it"
+            ) from error
+    require(where, f"{knob}: there are no images in {', '.join(files[:3])}")
+    return Split(TarImages(files, np.array(where, dtype=np.int64)), names)
+
+
+def _samples(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
+    """Yield images with their labels. Files of one sample are adjacent and share their name up to the first dot."""
+
+    def sample(member: tarfile.TarInfo) -> tuple[str, str]:
+        folder, name = os.path.split(member.name)
+        return folder, name.partition(".")[0]
+
+    for _, members in groupby(filter(tarfile.TarInfo.isfile, shard), sample):
+        image, label = None, None
+        for member in members:
+            extension = os.path.basename(member.name).partition(".")[2]
+            if f".{extension.lower()}" in SUFFIXES:
+                image = image or member
+            elif extension in ("cls", "json"):
+                text = shard.extractfile(member).read().decode("utf-8", "replace").strip()  # type: ignore[union-attr]
+                label = (text if text not in ("", "-1") else None) if extension == "cls" else label or _json_label(text)
+        if image is not None:
+            yield image, label
+
+
+def _json_label(text: str) -> str | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
+    return None if label is None else str(label)
