@@ -1,5 +1,6 @@
 """twoview: self-supervised image features from two views of each image."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -8,21 +9,18 @@ try:
 except PackageNotFoundError:  # run from a clone without installation
     __version__ = "0+unknown"
 
-__all__ = ["MomentumCopy", "NegativeQueue", "__version__", "load"]
+_HOMES = {
+    "Encoder": "twoview.encoder",
+    "ModelCard": "twoview.encoder",
+    "MomentumCopy": "twoview.momentum",
+    "NegativeQueue": "twoview.negatives",
+    "load": "twoview.encoder",
+}
+__all__ = ["Encoder", "ModelCard", "MomentumCopy", "NegativeQueue", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # `python train.py --help` and a mistyped knob should not wait for torch.
-    if name == "load":
-        from twoview.checkpoints import load
-
-        return load
-    if name == "MomentumCopy":
-        from twoview.momentum import MomentumCopy
-
-        return MomentumCopy
-    if name == "NegativeQueue":
-        from twoview.negatives import NegativeQueue
-
-        return NegativeQueue
+    # Imported on first use: `python train.py --help` and a mistyped knob should not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'twoview' has no attribute {name!r}")
