@@ -1,10 +1,10 @@
-"""What the papers describe, one file a method."""
+"""Self-supervised methods, one file a paper."""
 
-from twoview.methods.base import Method, Step
+from twoview.methods.base import Encoded, Method, Step
 from twoview.methods.moco import MoCo
 from twoview.methods.moco_v3 import MoCoV3
 from twoview.methods.nnclr import NNCLR
 from twoview.methods.simclr import SimCLR
 from twoview.methods.supcon import SupCon
 
-__all__ = ["NNCLR", "Method", "MoCo", "MoCoV3", "SimCLR", "Step", "SupCon"]
+__all__ = ["NNCLR", "Encoded", "Method", "MoCo", "MoCoV3", "SimCLR", "Step", "SupCon"]

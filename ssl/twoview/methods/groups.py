@@ -1,4 +1,4 @@
-"""What BatchNorm sees: images in groups, as if on as many devices, and keys in other groups than their queries."""
+"""BatchNorm over groups of images, as on several devices, and regrouping of keys (shuffled BatchNorm)."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,24 +6,30 @@ import torch
 from torch import Tensor
 
 from twoview.distributed import gather, rank_and_world
-from twoview.errors import UserError
+from twoview.errors import require
 
 
 def in_groups(network: Callable[[Tensor], Tensor], views: Sequence[Tensor], groups: int = 1) -> list[Tensor]:
-    """What a network makes of each view, all in one pass; or in G passes, one for the images i mod G of every view.
+    """Apply a network to all views in one pass, or in G passes, one for the images i mod G of every view.
 
-    BatchNorm then sees what it would see on G devices, whatever its kind, and however the network is built.
+    With G passes, BatchNorm sees what it would see on G devices.
 
     Args:
-        network: rows to rows.
+        network: maps ``[M, ...]`` to ``[M, ...]``.
         views: each ``[N, ...]``.
-        groups: G.
+        groups: number G of groups.
+
+    Returns:
+        The output for each view, ``[N, ...]``, rows in the order of the input.
+
+    Raises:
+        UserError: groups of fewer than two images.
     """
     if groups == 1:
         return list(network(torch.cat(list(views))).chunk(len(views)))
     n = len(views[0])
-    if n < 2 * groups:
-        raise UserError(f"method.bn_groups={groups}: a batch of {n} images on a device leaves groups of fewer than two")
+    message = f"a batch of {n} images on a device leaves groups of fewer than two images"
+    require(n >= 2 * groups, f"method.bn_groups={groups}: {message}")
     outputs: list[Tensor] = []
     for g in range(groups):
         parts = network(torch.cat([view[g::groups] for view in views])).chunk(len(views))
@@ -34,14 +40,14 @@ def in_groups(network: Callable[[Tensor], Tensor], views: Sequence[Tensor], grou
 
 
 def in_shuffled_groups(network: Callable[[Tensor], Tensor], view: Tensor, groups: int = 1) -> Tensor:
-    """As :func:`in_groups` for one view of all ranks, each image in another group, and back in order.
+    """As :func:`in_groups` for one view of all ranks, with the images regrouped before and reordered after.
 
-    MoCo, He et al. 2020, arXiv:1911.05722, section 3.3: what a group's statistics say of its members is of no use then.
+    MoCo, He et al. 2020, arXiv:1911.05722, section 3.3: a query and its key are then normalized with different images.
 
     Args:
-        network: rows to rows.
+        network: maps ``[M, ...]`` to ``[M, ...]``.
         view: ``[N, ...]``.
-        groups: of each rank.
+        groups: number of groups of each rank.
     """
     rank, world = rank_and_world()
     everyones = gather(view)
@@ -52,13 +58,13 @@ def in_shuffled_groups(network: Callable[[Tensor], Tensor], view: Tensor, groups
 
 
 def spread(n: int, groups: int) -> Tensor:
-    """A permutation of n images that puts the g-th of G stretches where i mod G is g.
+    """Permutation of n images that moves the g-th of G contiguous parts to the positions i with i mod G = g.
 
-    Batches are in random order already, so that a fixed permutation hides as well as a drawn one which images were
-    normalised together, and needs no state.
+    Batches are in random order already, so a fixed permutation mixes the groups as well as a random one, without state.
 
-    >>> spread(6, 2).tolist()
-    [0, 3, 1, 4, 2, 5]
+    Example:
+        >>> spread(6, 2).tolist()
+        [0, 3, 1, 4, 2, 5]
     """
     order = torch.empty(n, dtype=torch.int64)
     for g, stretch in enumerate(torch.arange(n).tensor_split(groups)):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from twoview.heads import output_width
-from twoview.losses import Variant, chance_level, info_nce, unit_rows
-from twoview.methods.base import Method, Step, check_loss_knobs, check_momentum, gathered
+from twoview.losses import Variant, VariantParameters, chance_level, info_nce, l2_normalize
+from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_momentum, gathered
 from twoview.methods.groups import in_groups, in_shuffled_groups
 from twoview.metrics import contrastive_logs
 from twoview.momentum import MomentumCopy, Statistics
@@ -14,31 +14,50 @@ from twoview.schedules import cosine_ramp
 
 
 class MoCo(Method):
-    """Queries pick their key, made by a slowly moving copy of the encoder, over a queue of earlier keys.
+    """InfoNCE of queries against keys of a momentum encoder; negatives are a queue of keys of earlier batches.
 
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
-        head: ``[N, F] -> [N, D]``; linear in v1, two layers in v2.
+        head: ``[N, F] -> [N, D]``; one linear layer in v1, two layers in v2.
         temperature: of InfoNCE, > 0; 0.07 in v1, 0.2 in v2.
-        variant: of the loss, see :func:`twoview.losses.contrast`.
-        queue_size: K, keys kept; keys of a query's own image are never its negatives.
+        variant: of the loss, see :func:`twoview.losses.info_nce_rows`.
+        sigma: parameter of variant "dclw", > 0.
+        tau_plus: parameter of the variants "debiased" and "hard", in [0, 1).
+        beta: parameter of variant "hard", >= 0.
+        queue_size: number K of stored keys. Stored keys of a query's own image are not used as its negatives.
         momentum: of the key encoder, in [0, 1].
-        momentum_end: what it becomes at the end of the run, along a cosine; None for constant.
-        symmetric: both views are queries and keys in turn, and 2N keys are pushed.
-        statistics: of the key encoder's BatchNorm, see :class:`twoview.momentum.MomentumCopy`.
-        bn: "plain", "split", "sync" (see :class:`Method`), or "shuffle": as "split", but the keys are grouped, over all
-            ranks, so that each of their groups holds images of all groups of the queries (section 3.3 of v1).
-        bn_groups: G of "split" and "shuffle", over all ranks.
+        momentum_end: value at the end of the run, reached along a half cosine; None for a constant momentum.
+        symmetric: use both views as queries and as keys, and store 2N keys a batch.
+        statistics: of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
+        bn: "plain", "split", "sync" (see :class:`Method`), or "shuffle": as "split", but keys are regrouped over all
+            ranks so that each of their groups holds images of all groups of the queries (v1, section 3.3).
+        bn_groups: number G of groups of "split" and "shuffle", over all ranks.
+
+    Raises:
+        UserError: a value out of range.
+
+    Example:
+        >>> from twoview.heads import projection_head
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 16))
+        >>> method = MoCo(backbone, projection_head(16, out_dim=8), queue_size=12)
+        >>> view_a, view_b, ids = torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4), torch.arange(6)
+        >>> method.after_batch(method(view_a, view_b, ids=ids))  # the first batch only fills the queue
+        >>> step = method(view_a, view_b, ids=ids + 6)
+        >>> round(step.chance, 4), len(method.queue)
+        (1.9459, 6)
     """
 
     bn_choices = ("plain", "split", "shuffle", "sync")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: nn.Module,
         head: nn.Module,
         temperature: float = 0.2,
         variant: Variant = "infonce",
+        sigma: float = 0.5,
+        tau_plus: float = 0.1,
+        beta: float = 1.0,
         queue_size: int = 65536,
         momentum: float = 0.999,
         momentum_end: float | None = None,
@@ -48,43 +67,61 @@ class MoCo(Method):
         bn_groups: int = 2,
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature, variant)
+        check_loss_knobs(temperature, variant, sigma, tau_plus, beta)
         check_momentum(momentum, momentum_end)
         self.temperature, self.variant, self.symmetric = temperature, variant, symmetric
+        self.variant_parameters: VariantParameters = {"sigma": sigma, "tau_plus": tau_plus, "beta": beta}
         self.momentum, self.momentum_end = momentum, momentum if momentum_end is None else momentum_end
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         self.queue = NegativeQueue(queue_size, output_width(head))
 
-    def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Algorithm 1 of v1; ``ids`` are needed. See :meth:`Method.forward`."""
-        if ids is None:
-            raise ValueError("MoCo needs the images' ids, to keep their own keys out of their negatives")
-        features, (q,) = self.embed(view_a)
-        pairs = [(q, self._keys(view_b))]
+    @property
+    def ready(self) -> bool:
+        """Whether the queue holds any keys."""
+        return len(self.queue) > 0
+
+    def encode(self, *views: Tensor) -> Encoded:
+        """Queries of the first view and keys of the second; of both views if symmetric."""
+        view_a, view_b = views
+        features, queries = self.embed(view_a)
+        keys: tuple[Tensor, ...] = (self._keys(view_b),)
         if self.symmetric:
-            pairs.append((self.embed(view_b)[1][0], self._keys(view_a)))
+            queries += self.embed(view_b)[1]
+            keys += (self._keys(view_a),)
+        return Encoded(features, queries, targets=keys)
+
+    def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
+        """Algorithm 1 of v1; ``ids`` are required."""
+        if ids is None:
+            raise ValueError("MoCo needs the ids of the images, to exclude their own keys from their negatives")
         queue, queue_ids = self.queue.read()
         same = ids[:, None] == queue_ids
-        loss = sum((self._loss(q, k, queue, same) for q, k in pairs), torch.zeros((), device=q.device)) / len(pairs)
-        k = pairs[0][1]
+        pairs = list(zip(encoded.embeddings, encoded.targets, strict=True))
+        loss = sum((self._loss(q, k, queue, same) for q, k in pairs), torch.zeros((), device=ids.device)) / len(pairs)
+        q, k = pairs[0]
         logs = {
-            "chance": chance_level((~same).sum(1), self.variant),
             **contrastive_logs(*_cosines(q[:256].detach(), k[:256], queue), ~same[:256]),
             "queue_fill": len(queue) / len(self.queue.keys),
             "queue_age": float(self.queue.age),
             "queue_masked": same.float().mean() if same.numel() else 0.0,
         }
-        keys = torch.cat([k for _, k in pairs])
-        return Step(loss, features, logs, (q.detach(), k), (keys, ids.repeat(len(pairs))))
+        keys = (torch.cat(encoded.targets), ids.repeat(len(pairs)))
+        chance = chance_level((~same).sum(1), self.variant)
+        return Step(loss, encoded.features, (q.detach(), k), logs, chance, keys)
 
     def after_update(self, progress: float) -> None:
-        """The key encoder follows."""
+        """Update the key encoder."""
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))
 
+    def after_batch(self, step: Step) -> None:
+        """Store the keys of all ranks."""
+        if step.keys is not None:
+            self.queue.push(*gathered(*step.keys))
+
     def _loss(self, q: Tensor, k: Tensor, queue: Tensor, same: Tensor) -> Tensor:
-        if self.variant == "dclw" and len(queue):  # its weights are of the whole batch
+        if self.variant == "dclw" and len(queue):  # its weights are normalized over the whole batch
             q, k, same = gathered(q, k, same)
-        return info_nce(q, k, queue, self.temperature, variant=self.variant, same=same)
+        return info_nce(q, k, queue, self.temperature, same=same, variant=self.variant, **self.variant_parameters)
 
     def _keys(self, view: Tensor) -> Tensor:
         if self.bn == "shuffle":
@@ -94,5 +131,5 @@ class MoCo(Method):
 
 def _cosines(q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        q, k = unit_rows(q), unit_rows(k)
+        q, k = l2_normalize(q), l2_normalize(k)
         return (q * k).sum(1), q @ queue.to(q.dtype).T

@@ -4,32 +4,46 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from twoview.errors import UserError
+from twoview.errors import require
 from twoview.heads import output_width
 from twoview.losses import chance_level, moco_v3_loss
-from twoview.methods.base import Method, Step, check_loss_knobs, check_momentum, gathered, in_batch_step
+from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_momentum, gathered, in_batch_step
 from twoview.methods.groups import in_groups
 from twoview.momentum import MomentumCopy, Statistics
 from twoview.schedules import cosine_ramp
 
 
 class MoCoV3(Method):
-    """Each view predicts the other's key among the keys of the batch.
+    """Predictions from each view against the keys that a momentum encoder makes of the other view.
 
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
-        predictor: makes the prediction head ``[N, D] -> [N, D]`` for a width D.
+        predictor: builds the prediction head ``[N, D] -> [N, D]`` for a width D.
         temperature: > 0; 0.2 for transformers and 1.0 for ResNets in the paper.
-        momentum: of the key encoder, in [0, 1]; it rises to ``momentum_end`` along a cosine.
-        momentum_end: see there.
-        freeze_patch_embedding: a transformer's patch projection stays random, which steadies its training (section 4).
-        statistics: of the key encoder's BatchNorm, see :class:`twoview.momentum.MomentumCopy`.
-        bn: what BatchNorm sees, with ``bn_groups``: see :class:`Method`.
-        bn_groups: see there.
+        momentum: of the key encoder at the start, in [0, 1]; it follows a half cosine to ``momentum_end``.
+        momentum_end: of the key encoder at the end of the run, in [0, 1].
+        freeze_patch_embedding: keep the patch projection of a vision transformer at its random initialization, which
+            stabilizes training (section 4).
+        statistics: of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
+        bn: see :class:`Method`.
+        bn_groups: see :class:`Method`.
+
+    Raises:
+        UserError: a value out of range, or ``freeze_patch_embedding`` for a backbone without patches.
+
+    Example:
+        >>> import torch
+        >>> from twoview.heads import projection_head
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 16))
+        >>> method = MoCoV3(backbone, projection_head(16, out_dim=8), predictor=lambda width: nn.Linear(width, width))
+        >>> step = method(torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4))
+        >>> method.after_update(progress=0.1)
+        >>> step.loss.requires_grad, round(step.chance, 4)
+        (True, 1.4334)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: nn.Module,
         head: nn.Module,
@@ -49,23 +63,26 @@ class MoCoV3(Method):
         self.predictor = self.synced(predictor(output_width(head)))
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         if freeze_patch_embedding:
-            if not hasattr(backbone, "patch_embed"):
-                raise UserError(
-                    "method.freeze_patch_embedding=true: this backbone has no patch embedding; leave it out"
-                )
+            message = "method.freeze_patch_embedding=true: this backbone has no patch embedding; leave it out"
+            require(hasattr(backbone, "patch_embed"), message)
             backbone.patch_embed.requires_grad_(False)
 
-    def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Algorithm 1 of the paper: each view alone, so that BatchNorm sees one view. See :meth:`Method.forward`."""
-        features, (z_a,) = self.embed(view_a)
-        _, (z_b,) = self.embed(view_b)
-        (q_a,), (q_b,) = (in_groups(self.predictor, (z,), self.groups) for z in (z_a, z_b))
-        (k_a,), (k_b,) = (in_groups(self.key_encoder, (view,), self.groups) for view in (view_a, view_b))
+    def encode(self, *views: Tensor) -> Encoded:
+        """Each view separately, so that BatchNorm sees one view at a time (Algorithm 1 of the paper)."""
+        embedded = [self.embed(view) for view in views]
+        embeddings = tuple(z for _, (z,) in embedded)
+        predictions = tuple(in_groups(self.predictor, (z,), self.groups)[0] for z in embeddings)
+        keys = tuple(in_groups(self.key_encoder, (view,), self.groups)[0] for view in views)
+        return Encoded(embedded[0][0], embeddings, predictions, keys)
+
+    def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
+        """Both directions of the contrastive loss."""
+        (q_a, q_b), (k_a, k_b) = encoded.predictions, encoded.targets
         q_a, k_b, q_b, k_a = gathered(q_a, k_b, q_b, k_a)
         loss = moco_v3_loss(q_a, k_b, q_b, k_a, self.temperature)
-        # Of the loss of ignorance, 2T log N for each of two directions.
-        return in_batch_step(loss, features, q_a, k_b, 4 * self.temperature * chance_level(len(q_a) - 1))
+        # Each of the two directions has chance level 2T log N.
+        return in_batch_step(encoded, loss, q_a, k_b, 4 * self.temperature * chance_level(len(q_a) - 1))
 
     def after_update(self, progress: float) -> None:
-        """The key encoder follows."""
+        """Update the key encoder."""
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))

@@ -1,4 +1,4 @@
-"""NNCLR, Dwibedi et al. 2021, arXiv:2104.14548: the positive is the nearest neighbour in a support set."""
+"""NNCLR, Dwibedi et al. 2021, arXiv:2104.14548: the positive is the nearest neighbor in a support set."""
 
 from collections.abc import Callable
 
@@ -6,23 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from twoview.heads import output_width
-from twoview.losses import batch_nce, chance_level, unit_rows
-from twoview.methods.base import Method, Step, check_loss_knobs, gathered, in_batch_step
+from twoview.losses import batch_nce, chance_level, l2_normalize
+from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
 from twoview.methods.groups import in_groups
 from twoview.negatives import NegativeQueue
 
 
 class NNCLR(Method):
-    """The nearest stored neighbour of one view's embedding must pick the prediction from the other view.
+    """InfoNCE of the prediction from one view against the nearest stored neighbor of the other view's embedding.
 
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
-        predictor: makes the prediction head ``[N, D] -> [N, D]`` for a width D.
+        predictor: builds the prediction head ``[N, D] -> [N, D]`` for a width D.
         temperature: > 0; 0.1 in the paper.
-        queue_size: embeddings in the support set.
-        bn: what BatchNorm sees, with ``bn_groups``: see :class:`Method`.
-        bn_groups: see there.
+        queue_size: number of embeddings in the support set.
+        bn: see :class:`Method`.
+        bn_groups: see :class:`Method`.
+
+    Raises:
+        UserError: a value out of range.
+
+    Example:
+        >>> from twoview.heads import projection_head
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 16))
+        >>> head = projection_head(16, out_dim=8)
+        >>> method = NNCLR(backbone, head, predictor=lambda width: nn.Linear(width, width), queue_size=12)
+        >>> method.after_batch(method(torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4)))
+        >>> len(method.support_set), round(method(torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4)).chance, 4)
+        (6, 1.7918)
     """
 
     def __init__(
@@ -39,26 +51,39 @@ class NNCLR(Method):
         check_loss_knobs(temperature)
         self.temperature = temperature
         self.predictor = self.synced(predictor(output_width(head)))
-        self.queue = NegativeQueue(queue_size, output_width(head))
+        self.support_set = NegativeQueue(queue_size, output_width(head))
 
-    def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Eq. 3 of the paper, both ways; see :meth:`Method.forward`."""
-        features, views = self.embed(view_a, view_b)
-        predictions = in_groups(self.predictor, views, self.groups)
-        z_a, z_b, p_a, p_b = gathered(*views, *predictions)
+    @property
+    def ready(self) -> bool:
+        """Whether the support set holds any embeddings."""
+        return len(self.support_set) > 0
+
+    def encode(self, *views: Tensor) -> Encoded:
+        """Both views in one pass, and a prediction from each."""
+        features, embeddings = self.embed(*views)
+        return Encoded(features, embeddings, tuple(in_groups(self.predictor, embeddings, self.groups)))
+
+    def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
+        """Eq. 3 of the paper, in both directions."""
+        z_a, z_b, p_a, p_b = gathered(*encoded.embeddings, *encoded.predictions)
         near_a, near_b = self._nearest(z_a), self._nearest(z_b)
         loss = (batch_nce(near_a, p_b, self.temperature) + batch_nce(near_b, p_a, self.temperature)) / 2
-        step = in_batch_step(loss, features, z_a, z_b, chance_level(len(z_a) - 1))
-        step.logs["queue_fill"] = len(self.queue) / len(self.queue.keys)
-        ids = torch.full((len(view_a),), -1, device=view_a.device) if ids is None else ids
-        step.keys = (views[0].detach(), ids)
+        step = in_batch_step(encoded, loss, z_a, z_b, chance_level(len(z_a) - 1))
+        step.logs["queue_fill"] = len(self.support_set) / len(self.support_set.keys)
+        own = encoded.embeddings[0].detach()
+        step.keys = (own, torch.full((len(own),), -1, device=own.device) if ids is None else ids)
         return step
+
+    def after_batch(self, step: Step) -> None:
+        """Store the embeddings of all ranks."""
+        if step.keys is not None:
+            self.support_set.push(*gathered(*step.keys))
 
     @torch.no_grad()
     def _nearest(self, z: Tensor) -> Tensor:
-        stored, _ = self.queue.read()
+        stored, _ = self.support_set.read()
         if not len(stored):
             return z
-        with torch.autocast(z.device.type, enabled=False):  # bf16 cannot tell near neighbours apart
-            z = unit_rows(z)
+        with torch.autocast(z.device.type, enabled=False):  # bf16 does not resolve differences between near neighbors
+            z = l2_normalize(z)
             return stored[(z @ stored.to(z.dtype).T).argmax(1)]

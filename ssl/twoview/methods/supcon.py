@@ -4,20 +4,31 @@ import torch
 from torch import Tensor, nn
 
 from twoview.losses import chance_level, sup_con
-from twoview.methods.base import Method, Step, check_loss_knobs, gathered, in_batch_step
+from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
 
 
 class SupCon(Method):
-    """SimCLR in which all views of a class are positives of each other.
+    """SimCLR in which all views of images of one class are positives of each other.
 
-    Images without a label count only as their own positive, so that a few labels among many images help.
+    The only positive of an image without a label is its own other view, so a few labels among many images can be used.
 
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
         temperature: > 0; 0.1 in the paper.
-        bn: what BatchNorm sees, with ``bn_groups``: see :class:`Method`.
-        bn_groups: see there.
+        bn: see :class:`Method`.
+        bn_groups: see :class:`Method`.
+
+    Raises:
+        UserError: a value out of range.
+
+    Example:
+        >>> from twoview.heads import projection_head
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 16))
+        >>> method = SupCon(backbone, projection_head(16, out_dim=8))
+        >>> labels = torch.tensor([0, 0, 1, 1, -1, -1])
+        >>> method(torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4), labels=labels).loss.requires_grad
+        True
     """
 
     def __init__(
@@ -27,10 +38,14 @@ class SupCon(Method):
         check_loss_knobs(temperature)
         self.temperature = temperature
 
-    def forward(self, view_a: Tensor, view_b: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """L_out of the paper; see :meth:`Method.forward`."""
-        features, views = self.embed(view_a, view_b)
-        labels = torch.full_like(view_a[:, 0, 0, 0], -1, dtype=torch.int64) if labels is None else labels
-        z_a, z_b, labels = gathered(*views, labels)
+    def encode(self, *views: Tensor) -> Encoded:
+        """All views in one pass, so that BatchNorm sees 2N images."""
+        return Encoded(*self.embed(*views))
+
+    def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
+        """L_out of the paper, eq. 2."""
+        if labels is None:
+            labels = torch.full_like(encoded.features[:, 0], -1, dtype=torch.int64)
+        z_a, z_b, labels = gathered(*encoded.embeddings, labels)
         loss = sup_con(z_a, z_b, labels, self.temperature)
-        return in_batch_step(loss, features, z_a, z_b, chance_level(2 * len(z_a) - 2))
+        return in_batch_step(encoded, loss, z_a, z_b, chance_level(2 * len(z_a) - 2))
