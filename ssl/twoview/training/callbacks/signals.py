@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the step is finished, the run saved, and the process says where."""
+"""Signals that ask a run to stop: finish the step, save, and report where."""
 
 import signal
 import threading
@@ -8,20 +8,21 @@ from typing import Any
 import lightning as L
 import torch
 
-from twoview.checkpoints import SaveCheckpoints
 from twoview.errors import Interrupted
+from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
+from twoview.training.lightning_internals import flush_step_metrics
 
-# SIGUSR1 is what clusters send ahead of the end of a job, SIGUSR2 what submitit asks for. Some exist on no Windows.
+# Clusters send SIGUSR1 before the time limit of a job, submitit SIGUSR2. Windows lacks some of them.
 NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 
 
-class Interrupts(L.Callback):
-    """Turns signals into a flag that is looked at after every batch, by all ranks together.
+class SignalHandler(L.Callback):
+    """Turns signals into a flag that all ranks check together at every step boundary.
 
-    A second SIGINT stops at once. A handler that was there before, such as submitit's, is called after saving.
+    A second SIGINT stops at once. A handler that was installed before, such as submitit's, is called after saving.
 
     Args:
-        save: how the run is saved.
+        save: writes the checkpoint.
     """
 
     def __init__(self, save: SaveCheckpoints) -> None:
@@ -30,7 +31,7 @@ class Interrupts(L.Callback):
         self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen; only the main thread may."""
+        """Install the handlers; Python allows that in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             return
         for name in NAMES:
@@ -39,44 +40,42 @@ class Interrupts(L.Callback):
                 self.before[number] = signal.signal(number, self._handle)
 
     def stop_if_asked(self, trainer: L.Trainer) -> None:
-        """Save and leave, if any rank was asked to; to be called when a batch has left all its traces.
+        """Save and stop if any rank has received a signal; to be called at a step boundary, after all batch hooks.
 
         Raises:
             Interrupted: after saving.
         """
         received = self.received
         if trainer.world_size > 1:
-            # The greatest number wins, so that all ranks leave with one code.
+            # The largest number is taken, so that all ranks stop with the same exit code.
             flag = torch.tensor(received, device=trainer.strategy.root_device)
             received = int(trainer.strategy.reduce(flag, reduce_op="max"))
         if not received:
             return
-        self.save.last(trainer)
+        self.save.save_last(trainer)
         self.restore()
-        # What this step logged, which the loop would write a moment later.
-        trainer._logger_connector.on_batch_end()
-        trainer._logger_connector.update_train_step_metrics()
+        flush_step_metrics(trainer)
         earlier = self.before.get(received)
         if callable(earlier) and received not in (signal.SIGINT, signal.SIGTERM):
             earlier(received, None)
         where = self.save.folder.parent
         raise Interrupted(
-            f"{signal.Signals(received).name}: saved after step {trainer.global_step}; go on with resume={where}",
+            f"{signal.Signals(received).name}: saved after step {trainer.global_step}; continue with resume={where}",
             130 if received == signal.SIGINT else 143,
         )
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Install the former handlers again."""
         for number, handler in self.before.items():
-            # None stands for a handler that is not Python's.
+            # None stands for a handler that was not installed from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
+    def on_train_end(self, *_: Any) -> None:
+        """Install the former handlers again."""
         self.restore()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+    def on_exception(self, *_: Any) -> None:
+        """Install the former handlers again."""
         self.restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

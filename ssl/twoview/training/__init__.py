@@ -1,0 +1,5 @@
+"""Pretraining: the only layer that uses Lightning."""
+
+from twoview.training.settings import Recipe, RunSettings, TrainerSettings
+
+__all__ = ["Recipe", "RunSettings", "TrainerSettings"]

@@ -1,0 +1,10 @@
+"""Lightning callbacks, one a file."""
+
+from twoview.training.callbacks.feature_check import FeatureCheck
+from twoview.training.callbacks.progress_bar import ProgressBar
+from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
+from twoview.training.callbacks.signals import SignalHandler
+from twoview.training.callbacks.time_limit import TimeLimit
+from twoview.training.callbacks.training_logger import TrainingLogger
+
+__all__ = ["FeatureCheck", "ProgressBar", "SaveCheckpoints", "SignalHandler", "TimeLimit", "TrainingLogger"]

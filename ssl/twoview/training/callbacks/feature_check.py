@@ -1,0 +1,79 @@
+"""Checks of the features during training."""
+
+import logging
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from twoview import metrics
+from twoview.data import Images
+from twoview.encoder import Encoder
+from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
+
+log = logging.getLogger(__name__)
+
+
+class FeatureCheck(L.Callback):
+    """Effective rank, and kNN accuracy of held-out training images against the others, on images without augmentation.
+
+    Args:
+        encoder: the network that is trained.
+        images: labelled training images; unlabelled ones where there are no labels.
+        fit: int64 positions of the images whose features are checked and whose labels are used by kNN.
+        held_out: int64 positions of the images that kNN classifies; None for no kNN.
+        classes: number of classes.
+        save: saves a checkpoint after every check.
+        every: epochs between checks, 0 for never; the last epoch is always checked otherwise.
+        limit: largest number of images in each of the two sets, which bounds the time of a check.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        images: Images,
+        fit: Tensor,
+        held_out: Tensor | None,
+        classes: int,
+        save: SaveCheckpoints,
+        every: int = 10,
+        limit: int = 10_000,
+    ) -> None:
+        self.bank = images.subset(_sample(fit, limit))
+        self.held_out = None if held_out is None else images.subset(_sample(held_out, limit))
+        self.encoder, self.classes, self.save, self.every = encoder, classes, save, every
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check, log ``val/knn_top1`` and ``val/effective_rank``, and save."""
+        done = trainer.global_step >= pl_module.total_steps
+        if not self.every or not (done or (trainer.current_epoch + 1) % self.every == 0):
+            return
+        # On rank 0 only: BatchNorm statistics differ between ranks, and all must choose the same checkpoint.
+        found = self.check(pl_module.device) if trainer.is_global_zero else ({}, "")
+        figures, message = trainer.strategy.broadcast(found)
+        pl_module.log_dict(figures)
+        log.info("epoch %d: %s", trainer.current_epoch + 1, message)
+        self.save.save_after_check(trainer, figures.get("val/knn_top1"))
+
+    def check(self, device: torch.device | str) -> tuple[dict[str, float], str]:
+        """Figures by name, and a sentence for the log."""
+        self.encoder.to(device)
+        bank = self.encoder.feature_matrix(self.bank)
+        # Evenly spaced rows: the images of a folder are sorted by class.
+        rows = bank[torch.linspace(0, len(bank) - 1, min(len(bank), 10 * bank.shape[1])).long()]
+        # RankMe needs 10 rows per dimension; with fewer, their number limits the figure and is logged beside it.
+        figures = {"val/effective_rank": metrics.effective_rank(rows), "val/effective_rank_rows": float(len(rows))}
+        message = f"effective rank {figures['val/effective_rank']:.1f} of {bank.shape[1]}"
+        if self.held_out is not None:
+            queries = self.encoder.feature_matrix(self.held_out)
+            predicted = metrics.knn_predict(bank, self.bank.labels, queries, min(20, len(bank)), 0.1, self.classes)
+            figures["val/knn_top1"] = float((predicted == self.held_out.labels).float().mean())
+            message = f"kNN on held-out training images {100 * figures['val/knn_top1']:.1f} %, {message}"
+        return figures, message
+
+
+def _sample(positions: Tensor, limit: int) -> Tensor:
+    # A fixed random sample: the images of a folder are sorted by class.
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    return positions[order[:limit].sort().values]

@@ -1,0 +1,47 @@
+"""Progress bar of training."""
+
+import math
+import sys
+from typing import Any
+
+import lightning as L
+import rich
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressBar(L.Callback):
+    """One bar for the run, with loss, chance level where there is one, images per second and time left."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Show the bar, on the first rank and in a terminal only."""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=rich.get_console(),
+            transient=True,
+            disable=not sys.stdout.isatty() or trainer.global_rank != 0,
+        )
+        self.task = self.progress.add_task("training", total=None, figures="")
+        self.progress.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Update the bar."""
+        seen = trainer.callback_metrics
+        figures = ""
+        if "train/loss" in seen:
+            chance = f" (chance {seen['train/chance']:.3f})" if "train/chance" in seen else ""
+            figures = f"loss {seen['train/loss']:.3f}{chance}, {seen['train/images_per_second']:,.0f} images/s"
+        total = None if pl_module.total_steps == math.inf else pl_module.total_steps
+        self.progress.update(self.task, completed=trainer.global_step, total=total, figures=figures)
+
+    def on_train_end(self, *_: Any) -> None:
+        """Remove the bar."""
+        self.progress.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        """Restore the terminal."""
+        if hasattr(self, "progress"):
+            self.progress.stop()

@@ -1,0 +1,59 @@
+"""When checkpoints are written."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from twoview.encoder import LAST
+from twoview.errors import UserError
+from twoview.training.checkpoints import BEST
+
+
+class SaveCheckpoints(L.Callback):
+    """Writes ``last.ckpt`` after every check and at the end of the run, ``best.ckpt`` whenever the score improves.
+
+    Args:
+        folder: where they are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best = float("-inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for the checkpoint."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore from ``state_dict``."""
+        self.best = state_dict["best"]
+
+    def save_after_check(self, trainer: L.Trainer, score: float | None) -> None:
+        """Save after a check of the features; larger scores are better, None is no score."""
+        if score is not None and score > self.best:
+            self.best = score
+            self._save(trainer, BEST)
+        self.save_last(trainer)
+
+    def save_last(self, trainer: L.Trainer) -> None:
+        """Save the present state.
+
+        Raises:
+            UserError: weights that are not finite, or a file that cannot be written.
+        """
+        self._save(trainer, LAST)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the final state."""
+        self.save_last(trainer)
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        path = self.folder / name
+        if not all(weight.isfinite().all() for weight in trainer.lightning_module.parameters()):
+            raise UserError(
+                f"after step {trainer.global_step} the weights are not finite: training has diverged; lower "
+                f"optimizer.lr or set trainer.clip=1; {path} is not written"
+                + (f", {self.folder / LAST} is the last good checkpoint" if (self.folder / LAST).exists() else "")
+            )
+        trainer.save_checkpoint(path)

@@ -1,0 +1,112 @@
+"""What is logged during training, and the warning of collapse."""
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from twoview import metrics
+from twoview.data import Batch
+from twoview.methods import Step
+
+log = logging.getLogger(__name__)
+
+
+class TrainingLogger(L.Callback):
+    """Logs loss, metrics of the embeddings, and time spent on loading, augmentation and training.
+
+    Warns once if features or embeddings collapse.
+
+    Args:
+        every: steps between two logs; also the Trainer's.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.warned = False
+        self.batch_end = self.batch_start = self.logged_at = time.perf_counter()
+        self.batches = 0
+        self.load = self.augment = self.lap_start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock, and time the forward pass of the augmentation."""
+        self.batch_end = self.logged_at = time.perf_counter()
+        self.hooks = [
+            pl_module.augment.register_forward_pre_hook(lambda *_: self._lap(pl_module)),
+            pl_module.augment.register_forward_hook(lambda *_: self._lap(pl_module, "augment")),
+        ]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Exclude the time between epochs, which is spent on checks and checkpoints."""
+        now = time.perf_counter()
+        self.logged_at += now - self.batch_end
+        self.batch_end = now
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Record the time that loading took."""
+        self.batch_start = time.perf_counter()
+        self.load += self.batch_start - self.batch_end
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+        """Log every n-th step."""
+        self.batches += 1
+        if trainer.global_step % self.every == 0 and pl_module.step is not None:
+            now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
+            seconds = now - self.logged_at
+            figures = {
+                **_figures(pl_module.step),
+                "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+                "images_per_second": images / seconds,
+                "time_load": self.load / seconds,
+                "time_augment": self.augment / seconds,
+                "time_train": 1 - (self.load + self.augment) / seconds,
+            }
+            pl_module.log_dict({f"train/{name}": value for name, value in figures.items()})
+            self._warn(figures, trainer.global_step / pl_module.total_steps)
+            self.batches, self.load, self.augment, self.logged_at = 0, 0.0, 0.0, time.perf_counter()
+        self.batch_end = time.perf_counter()
+
+    def _lap(self, pl_module: Any, add_to: str = "") -> None:
+        if pl_module.device.type == "cuda":
+            # GPU work is asynchronous and timing it needs a synchronization: time every eighth batch.
+            if self.batches % 8:
+                return
+            torch.cuda.synchronize(pl_module.device)
+        now = time.perf_counter()
+        if add_to:
+            self.augment += (now - self.lap_start) * (8 if pl_module.device.type == "cuda" else 1)
+        self.lap_start = now
+
+    def _warn(self, figures: dict[str, float], progress: float) -> None:
+        # BatchNorm at the end of a head rescales even tiny differences between embeddings, so the features of the
+        # backbone are checked too. They are nearly equal at random initialization: wait for a quarter of the run.
+        alike = figures["embedding_std"] < 0.1 or (progress > 0.25 and figures["feature_std"] < 0.05)
+        if alike and not self.warned:
+            self.warned = True
+            log.warning(
+                "The features are collapsing: all images get nearly the same features (standard deviation of features "
+                "%.3f, of embeddings %.3f; 1 is evenly spread). Try a lower optimizer.lr, another method.temperature, "
+                "or stronger augmentation.",
+                figures["feature_std"],
+                figures["embedding_std"],
+            )
+
+
+def _figures(step: Step) -> dict[str, float]:
+    views = [z[:1024] for z in step.embeddings]
+    return {
+        "loss": float(step.loss.detach()),
+        **({} if step.chance is None else {"chance": step.chance}),
+        **{name: float(value) for name, value in step.logs.items()},
+        **({"alignment": metrics.alignment(views[0], views[1])} if len(views) > 1 else {}),
+        "uniformity": metrics.uniformity(views[0]),
+        "embedding_std": metrics.feature_std(views[0]),
+        "feature_std": metrics.feature_std(step.features[:1024]),
+    }

@@ -1,0 +1,52 @@
+"""Writing checkpoints atomically, and finding the newest one of a run that can be read."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from twoview.encoder import LAST, read_checkpoint
+from twoview.errors import UserError
+from twoview.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+PREVIOUS = "previous.ckpt"  # the one before the last
+BEST = "best.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically; what was ``last.ckpt`` becomes ``previous.ckpt``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            UserError: the folder cannot be written or the disk is full.
+        """
+        path = Path(path)
+        previous = path.with_name(PREVIOUS) if path.name == LAST else None
+        try:
+            write_atomically(path, lambda file: torch.save(checkpoint, file), previous)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            if isinstance(error, RuntimeError) and not re.search("write|file|iostream", str(error)):
+                raise
+            raise UserError(
+                f"{path} could not be written ({str(error).splitlines()[0]}); checkpoints saved before are unchanged: "
+                f"free disk space or make the folder writable, and continue with resume={path.parent.parent}"
+            ) from error
+
+
+def newest(run_dir: Path) -> dict[str, Any] | None:
+    """The last checkpoint of a run that can be read, as :func:`twoview.encoder.read_checkpoint` returns it, or None."""
+    for name in (LAST, PREVIOUS):
+        path = run_dir / "checkpoints" / name
+        if path.exists():
+            try:
+                return read_checkpoint(path)
+            except UserError as error:
+                log.warning("%s; trying the checkpoint before it", error)
+    return None

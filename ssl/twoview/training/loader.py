@@ -1,0 +1,99 @@
+"""Batches of pretraining and their order."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from twoview.data.image_data import ImageData
+from twoview.data.images import WINDOW, Batch, TensorImages
+from twoview.training.lightning_internals import batches_started
+
+
+class BatchOrder(Sampler[Tensor]):
+    """Positions of each batch as a function of (seed, epoch, batch), so that a resumed run continues exactly.
+
+    Every rank gets the same number of equal batches; the incomplete last global batch of an epoch is dropped. Images
+    that are stored in blocks are shuffled by block, then within every 32 blocks, and each rank reads its own blocks.
+
+    Args:
+        size: number of images N.
+        batch_size: global batch size, over all ranks, before accumulation.
+        seed: seed of the permutations.
+        batches_done: returns the number of batches that the run has had; called when an epoch starts.
+        rank: rank of this process.
+        world_size: number of processes.
+        blocks: int64 ``[N]``, the block that each image is stored in, or None.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        batches_done: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+        blocks: Tensor | None = None,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.batches_done = size, batch_size, seed, batches_done
+        self.rank, self.world_size, self.blocks = rank, world_size, blocks
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        epoch, first = divmod(self.batches_done(), len(self))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.size, generator=generator)
+        if self.blocks is None:
+            for i in range(first, len(self)):
+                yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.world_size]
+            return
+        # A stable sort keeps the random order within a window of blocks.
+        shuffled = torch.randperm(int(self.blocks.max()) + 1, generator=generator)
+        order = order[(shuffled[self.blocks[order]] // WINDOW).argsort(stable=True)]
+        share = self.batch_size // self.world_size
+        own = order[self.rank * len(self) * share : (self.rank + 1) * len(self) * share]
+        yield from own.split(share)[first:]
+
+
+class PretrainingData(L.LightningDataModule):
+    """Batches of unaugmented uint8 images for pretraining.
+
+    Args:
+        images: the images of the run; ``images.pretrain`` and ``images.batch_size`` are used.
+        seed: seed of the order of the images.
+    """
+
+    def __init__(self, images: ImageData, seed: int) -> None:
+        super().__init__()
+        self.images, self.seed = images, seed
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader of this rank.
+
+        Images in memory are moved to the GPU if they take less than a quarter of its free memory.
+
+        Raises:
+            RuntimeError: called without a Trainer.
+        """
+        trainer, images = self.trainer, self.images.pretrain
+        if trainer is None:
+            raise RuntimeError("train_dataloader needs a Trainer")
+        device = trainer.strategy.root_device
+        on_device = False
+        if isinstance(images, TensorImages) and device.type == "cuda":
+            on_device = images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+            images.pixels = images.pixels.to(device) if on_device else images.pixels
+        pin, workers = device.type == "cuda" and not on_device, images.num_workers
+        started, rank, world_size = partial(batches_started, trainer), trainer.global_rank, trainer.world_size
+        order = BatchOrder(len(images), self.images.batch_size, self.seed, started, rank, world_size, images.blocks)
+        dataset: Any = images
+        return DataLoader(
+            dataset, None, sampler=order, pin_memory=pin, num_workers=workers, persistent_workers=workers > 0
+        )

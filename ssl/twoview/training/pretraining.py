@@ -1,0 +1,219 @@
+"""One pretraining run: check everything, then train."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import Dataset
+
+from twoview.augment import TwoViews
+from twoview.backbones import build_arguments
+from twoview.data import ImageData, from_dataset, split_holdout
+from twoview.devices import device_capability, device_name
+from twoview.encoder import Encoder, ModelCard, versions
+from twoview.errors import require
+from twoview.files import write_atomically
+from twoview.methods import Method
+from twoview.negatives import NegativeQueue
+from twoview.optim import describe_groups
+from twoview.training import callbacks
+from twoview.training.checkpoints import newest
+from twoview.training.lightning_internals import batches_completed, keep_csv_rows
+from twoview.training.loader import PretrainingData
+from twoview.training.module import Pretraining
+from twoview.training.resume import Conditions, check_resume
+from twoview.training.settings import Recipe, RunSettings, TrainerSettings
+from twoview.training.trainer import build_trainer, fit
+
+log = logging.getLogger(__name__)
+
+Data = ImageData | Callable[..., ImageData] | Dataset[Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked and has not written anything yet.
+
+    Attributes:
+        encoder: the backbone that will be trained.
+        images: the data.
+        views: the augmentation.
+        conditions: compared with those of an earlier run.
+        module: the Lightning module.
+        trainer: the Lightning Trainer.
+        run: run settings.
+    """
+
+    encoder: Encoder
+    images: ImageData
+    views: TwoViews
+    conditions: Conditions
+    module: Pretraining
+    trainer: L.Trainer
+    run: RunSettings
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the first of its run."""
+        return self.trainer.is_global_zero
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return self.trainer.strategy.root_device
+
+
+def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSettings, holdout: float) -> Prepared:
+    """Build networks, load images, and check that they fit each other.
+
+    Args:
+        data: the images; or a function that loads them, called after everything cheap has been checked; or a torch
+            Dataset of images, see :func:`twoview.data.from_dataset`.
+        recipe: what is trained and how.
+        settings: length, devices and precision.
+        run: folder and seed.
+        holdout: share of the training labels that is hidden from training and used for kNN checks, in (0, 1).
+
+    Raises:
+        UserError: settings that do not fit each other, the data or this machine.
+    """
+    run_dir = Path(run.run_dir)
+    L.seed_everything(run.seed, workers=True, verbose=False)
+    network, width = recipe.backbone()
+    method = recipe.method(network, recipe.head(width))
+    architecture = build_arguments(network)
+    images = _load(data, architecture)
+    card = _card(architecture, method, images, run.seed)
+    encoder = Encoder(method.backbone, card)
+    views = recipe.augment(**images.view_limits())
+    save = callbacks.SaveCheckpoints(run_dir / "checkpoints")
+    signals, logger = callbacks.SignalHandler(save), callbacks.TrainingLogger(settings.log_every)
+    check = _feature_check(encoder, images, holdout, save, settings.check_every)
+    limit = [callbacks.TimeLimit(settings.seconds)] if settings.seconds is not None else []
+    hooks = [logger, check, save, signals, callbacks.ProgressBar(), *limit]
+    trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
+    _check_devices(trainer, method, images)
+    conditions = _conditions(trainer, settings, images, run)
+    batch = images.batch_size * settings.accumulate
+    fixed: dict[str, Any] = {"card": card, "conditions": conditions, "skip_nonfinite": settings.skip_nonfinite}
+    module = Pretraining(method, views, recipe.optimizer, recipe.schedule, batch, **fixed)
+    module.on_step_boundary = signals.stop_if_asked
+    return Prepared(encoder, images, views, conditions, module, trainer, run)
+
+
+def train(prepared: Prepared) -> dict[str, Any]:
+    """Train, from the last checkpoint if the run is resumed.
+
+    Returns:
+        Facts for the report: epochs, steps, images seen, seconds, and so on.
+
+    Raises:
+        UserError: a checkpoint that cannot be resumed, or training that diverges or runs out of memory.
+        Interrupted: a signal asked the run to stop; it has been saved.
+    """
+    run, module, trainer, images = prepared.run, prepared.module, prepared.trainer, prepared.images
+    run_dir = Path(run.run_dir)
+    stopped = newest(run_dir) if run.resume and not run.rerun else None
+    if stopped is not None:
+        check_resume(stopped, module, prepared.conditions, run_dir, run.exact)
+        keep_csv_rows(trainer.loggers, stopped["global_step"])
+        log.info("continuing after step %d of %s", stopped["global_step"], stopped["path"])
+    if images.broken and prepared.is_main:
+        lines = "".join(f"{name}\t{reason}\n" for name, reason in images.broken)
+        write_atomically(run_dir / "broken.txt", lines)
+        log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
+    optimizer = module.configure_optimizers()  # as the Trainer will build it
+    _log_start(prepared, optimizer)
+    start = time.perf_counter()
+    fit(trainer, module, PretrainingData(images, run.seed), stopped["path"] if stopped else None)
+    seen = batches_completed(trainer) * images.batch_size
+    return {
+        "epochs": round(seen / len(images.pretrain), 2),
+        "steps": trainer.global_step - module.batches_without_step,
+        "images_seen": seen,
+        "batches_not_finite": module.skipped,
+        "batches_without_step": module.batches_without_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        "batch_size": images.batch_size,
+        "precision": str(trainer.precision),
+        "device": device_name(prepared.device),
+        "processes": trainer.world_size,
+        "base_lr": optimizer.param_groups[0]["base_lr"],
+    }
+
+
+def _load(data: Data, architecture: dict[str, Any]) -> ImageData:
+    channels, size = architecture["in_chans"], architecture["image_size"]
+    if isinstance(data, Dataset):
+        data = from_dataset(data, size, channels)
+    images = data() if callable(data) else data
+    found, batch, number = images.image_size, images.batch_size, len(images.pretrain)
+    require(
+        (images.channels, found) == (channels, size),
+        f"data: images of {images.channels}x{found}x{found} do not fit a backbone made for in_chans={channels}, "
+        f"image_size={size}",
+    )
+    message = f"{images.name} has {number} images to learn from; choose 2 to {number}"
+    require(2 <= batch <= number, f"data.batch_size={batch}: {message}")
+    return images
+
+
+def _feature_check(
+    encoder: Encoder, images: ImageData, holdout: float, save: callbacks.SaveCheckpoints, every: int
+) -> callbacks.FeatureCheck:
+    """The check of held-out training images, whose labels are hidden from pretraining."""
+    fitted, held_out = torch.arange(len(images.pretrain)), None
+    if images.train is not None:
+        fitted, held_out = split_holdout(images.train.labels, holdout, encoder.card.seed)
+        images.hide_labels(held_out)
+    labelled = images.train or images.pretrain
+    return callbacks.FeatureCheck(encoder, labelled, fitted, held_out, len(images.classes), save, every)
+
+
+def _card(architecture: dict[str, Any], method: Method, images: ImageData, seed: int) -> ModelCard:
+    sizes = (images.image_size, images.channels, images.pretrain.size)
+    mean, std = map(tuple, images.mean_std)
+    facts: tuple[Any, ...] = (images.name, tuple(images.classes), seed, versions())
+    return ModelCard(type(method).__name__, architecture, *sizes, mean, std, *facts)
+
+
+def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> None:
+    world, device = trainer.world_size, trainer.strategy.root_device.type
+    message = f"cannot be divided among {world} processes; choose a multiple of their number"
+    require(images.batch_size % world == 0, f"data.batch_size={images.batch_size}: {message}")
+    unsynced = method.bn != "sync" or device == "cuda"
+    require(unsynced, f"method.bn=sync: needs a GPU, not {device}; choose plain or split")
+
+
+def _conditions(trainer: L.Trainer, settings: TrainerSettings, images: ImageData, run: RunSettings) -> Conditions:
+    conditions = {
+        "seed": run.seed,
+        "data.batch_size": images.batch_size,
+        "trainer.accumulate": settings.accumulate,
+        "trainer.precision": str(trainer.precision),
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "device": device_capability(trainer.strategy.root_device),
+        "data": images.fingerprint,
+        "torch": str(torch.__version__),
+    }
+    length = {knob: getattr(settings, knob) for knob in ("max_epochs", "max_time", "max_steps")}
+    return Conditions(conditions, length, run.identity)
+
+
+def _log_start(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:
+    for line in describe_groups(optimizer):
+        log.info("%s", line)
+    card, images = prepared.encoder.card, prepared.images
+    number, size = len(images.pretrain), images.batch_size
+    where = f"batch {size}, {prepared.device}, {prepared.trainer.precision}"
+    log.info("%s on %s: %s images, %s, %s", card.method, images.name, f"{number:,}", card.backbone["name"], where)
+    for module in prepared.module.modules():
+        if isinstance(module, NegativeQueue) and len(module.keys) > number:
+            message = "method.queue_size=%d: larger than the data set of %d images, so images are stored more than once"
+            log.info(message, len(module.keys), number)

@@ -1,0 +1,105 @@
+"""Conditions for resuming a run or skipping a finished one, and exclusive use of its folder."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from twoview import __version__
+from twoview.errors import UserError, require
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Settings that are stored in every checkpoint and compared when the run is resumed.
+
+    Args:
+        conditions: values on which the result depends, by name.
+        length: ``max_epochs``, ``max_time`` and ``max_steps``.
+        identity: see :class:`twoview.training.RunSettings`.
+    """
+
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    length: Mapping[str, Any] = field(default_factory=dict)
+    identity: str | None = None
+
+
+def check_resume(
+    stopped: Mapping[str, Any], module: nn.Module, conditions: Conditions, run_dir: Path, exact: bool
+) -> None:
+    """Check that a run can be resumed from a checkpoint.
+
+    Args:
+        stopped: the checkpoint.
+        module: the module that will load its state.
+        conditions: of the present run.
+        run_dir: for messages.
+        exact: refuse differing conditions instead of logging them.
+
+    Raises:
+        UserError: other networks, a run that is finished, or differing conditions.
+    """
+    stored = stopped["twoview"]
+    mine = {name: list(value.shape) for name, value in module.state_dict().items()}
+    equal = mine == {name: list(value.shape) for name, value in stopped["state_dict"].items()}
+    message = "the checkpoint holds other networks; give the backbone, head and method of that run"
+    require(equal, f"resume={run_dir}: {message}")
+    steps = stopped["global_step"]
+    ended = steps >= stored["total_steps"] and stored["length"] == conditions.length
+    ended = ended and (run_dir / "report.json").exists() and conditions.identity is None
+    message = f"this run is finished, after {steps} steps; raise trainer.max_epochs to continue it"
+    require(not ended, f"resume={run_dir}: {message}")
+    now = conditions.conditions
+    differ = [f"{k} was {was}, is {now[k]}" for k, was in stored["conditions"].items() if was != now[k]]
+    if differ and exact:
+        raise UserError(
+            f"resume={run_dir}: the result would differ from that of an uninterrupted run ({'; '.join(differ)}); make "
+            "them equal, continue anyway with resume.exact=false, or start again with rerun=true"
+        )
+    if differ:
+        log.warning("resume: not exact (%s)", "; ".join(differ))
+
+
+def finished_report(run_dir: Path, conditions: Conditions) -> dict[str, Any] | None:
+    """The report of a finished run of the same identity, data and version of twoview; None if there is none."""
+    if conditions.identity is None:
+        return None
+    try:
+        report: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    found = (report.get("identity"), report.get("data_fingerprint"), report.get("versions", {}).get("twoview"))
+    return report if found == (conditions.identity, conditions.conditions["data"], __version__) else None
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Lock a run folder against other processes; does nothing where fcntl is missing.
+
+    Raises:
+        UserError: the folder cannot be written, or another process has locked it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be written ({error.strerror}); change its permissions or choose another folder"
+        ) from error
+    with file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir}: another process is working in this folder; wait for it, or stop it") from error
+        except (ImportError, OSError):
+            pass
+        yield

@@ -1,0 +1,128 @@
+"""Building the Lightning Trainer and running it."""
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed as dist
+from torch import nn
+
+from twoview.backbones import is_depthwise
+from twoview.devices import pick_device
+from twoview.errors import UserError, require
+from twoview.training.checkpoints import AtomicCheckpointIO
+from twoview.training.loader import PretrainingData
+from twoview.training.settings import Loggers, TrainerSettings
+
+
+def build_trainer(
+    settings: TrainerSettings, network: nn.Module, callbacks: Sequence[L.Callback], loggers: Loggers, run_dir: Path
+) -> L.Trainer:
+    """The Trainer for some settings.
+
+    Raises:
+        UserError: devices or a precision that do not exist here.
+    """
+    nodes = _nodes(settings.devices)
+    # Lightning's start-up messages are for its own users; the number of loader processes is set on purpose.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore",
+        ".*(does not have many workers|ended before the epoch ended|Experiment logs|LeafSpec|logging interval|"
+        "broadcast_buffers|sync_dist=True).*",
+    )
+    precision = choose_precision(settings.precision, network, pick_device(settings.accelerator))
+    try:
+        return L.Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=nodes,
+            # Buffers are not broadcast: queues are equal on all ranks, BatchNorm statistics differ.
+            strategy=DDPStrategy(broadcast_buffers=False) if nodes * settings.devices > 1 else "auto",
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=settings.max_epochs or -1,
+            max_steps=settings.max_steps or -1,
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.clip,
+            log_every_n_steps=settings.log_every,
+            callbacks=list(callbacks),
+            logger=list(loggers.values() if isinstance(loggers, Mapping) else loggers),
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=run_dir,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        knobs = " ".join(f"trainer.{k}={getattr(settings, k)}" for k in ("accelerator", "devices", "precision"))
+        raise UserError(f"{knobs}: {str(error).splitlines()[0]}") from error
+
+
+def _nodes(devices: int) -> int:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    advice = f"torchrun has started {here} processes here; give trainer=ddp trainer.devices={here}"
+    require(here == devices, f"trainer.devices={devices}: {advice}")
+    return int(os.environ["WORLD_SIZE"]) // here
+
+
+def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, checkpoint: str | None) -> None:
+    """Train, from the state of a checkpoint if one is given.
+
+    Raises:
+        UserError: out of memory.
+    """
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except (MemoryError, RuntimeError) as error:
+        matched = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not matched:
+            raise
+        raise UserError(
+            f"data.batch_size={data.images.batch_size}: out of memory; try a smaller data.batch_size, "
+            "data.image_size or backbone.name, or trainer.precision=bf16-mixed"
+        ) from error
+    finally:
+        if trainer.world_size > 1 and dist.is_initialized():
+            # Restore single-process state.
+            dist.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.set_num_threads(threads)
+
+
+def choose_precision(precision: str, network: nn.Module, device: torch.device) -> str:
+    """Lightning's name of the precision to train in.
+
+    Args:
+        precision: "auto", "32-true", "bf16-mixed" or "16-mixed". "auto" is bf16 autocast where the device supports it
+            natively, except on a CPU for networks of mostly depthwise convolutions, which bf16 slows down; else fp32.
+        network: the network.
+        device: where it will be trained.
+
+    Raises:
+        UserError: an unknown precision, or fp16 on a CPU, where one batch takes minutes.
+    """
+    names = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
+    precision = names.get(str(precision), str(precision))
+    known, possible = precision in ("auto", *names.values()), device.type != "cpu" or not precision.startswith("16")
+    require(known, f"trainer.precision={precision}: choose auto, {', '.join(names.values())}")
+    require(possible, f"trainer.precision={precision}: a CPU cannot train in fp16; use auto, bf16-mixed or 32-true")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and not is_depthwise(network)
+    return "bf16-mixed" if native else "32-true"
