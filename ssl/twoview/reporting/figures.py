@@ -1,12 +1,12 @@
-"""Pictures of a report, each as PNG or SVG in a data URI, so that one file holds all."""
+"""Figures of a report, each as PNG or SVG in a data URI, so that the page is one file."""
 
 import base64
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib as mpl
 import numpy as np
@@ -24,13 +24,13 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "twoview", "font.family": "sans
 STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
 
 
-def picture_of_views(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.Image:
-    """A row an image, the original first, then pairs of its two views.
+def views_grid(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.Image:
+    """Image with a row for each original, followed by pairs of its two views.
 
     Args:
-        pixels: uint8 ``[N, C, S, S]`` of the size of the views.
-        views: makes them.
-        pairs: in a row.
+        pixels: uint8 ``[N, C, S, S]``, S the size of the views.
+        views: the augmentation.
+        pairs: pairs of views in a row.
         seed: of the views.
     """
     columns = [pixels]
@@ -42,16 +42,14 @@ def picture_of_views(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> 
 
 
 def as_image(pixels: Tensor) -> Image.Image:
-    """A picture of uint8 ``[C, H, W]``; of other than three channels the first is shown."""
+    """PIL image of uint8 ``[C, H, W]``; of other than three channels, the first in gray."""
     shown = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
     return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
 
 
 def png(image: Image.Image) -> str:
     """A data URI."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return _data_uri("png", lambda file: image.save(file, "PNG", optimize=True))
 
 
 def thumbnail(pixels: Tensor) -> str:
@@ -59,15 +57,20 @@ def thumbnail(pixels: Tensor) -> str:
     return png(as_image(fit_size(pixels[None], min(pixels.shape[1], 96))[0]))
 
 
-def _svg(figure: Figure) -> str:
+def _data_uri(kind: str, write: Callable[[BinaryIO], object]) -> str:
     file = io.BytesIO()
+    write(file)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _svg(figure: Figure) -> str:
     with mpl.rc_context(STYLE):
-        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+        options: dict[str, Any] = {"format": "svg", "bbox_inches": "tight", "metadata": {"Date": None}}
+        return _data_uri("svg+xml", lambda file: figure.savefig(file, **options))
 
 
 def curves(metrics: Path) -> str | None:
-    """Loss with its chance level, checks by kNN and effective rank, from a run's ``metrics.csv``; None without one."""
+    """Loss, its chance level, kNN accuracy and effective rank from ``metrics.csv`` of a run; None without that file."""
     try:
         with metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -85,15 +88,14 @@ def curves(metrics: Path) -> str | None:
                 points = [(int(row["step"]), float(row[name])) for row in rows if row.get("step") and row.get(name)]
                 if points:
                     axes.plot(*zip(*points, strict=True), label=name.partition("/")[2], marker="." * (len(points) < 30))
-            axes.set_title(title)
-            axes.set_xlabel("step")
+            axes.set(title=title, xlabel="step")
             if len(names) > 1:
                 axes.legend(frameon=False)
     return _svg(figure)
 
 
 def spectra(results: Mapping[str, Any], method: str) -> str | None:
-    """Shares of variance by rank, of every source that was measured; None without any."""
+    """Shares of variance by rank for each network with a spectrum; None without any."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         axes = figure.subplots()
@@ -103,40 +105,35 @@ def spectra(results: Mapping[str, Any], method: str) -> str | None:
                 axes.loglog(range(1, len(shares) + 1), shares, label=method if name == "trained" else name)
         if not axes.lines:
             return None
-        axes.set_xlabel("rank of the direction")
-        axes.set_ylabel("share of the variance")
+        axes.set(xlabel="rank of the direction", ylabel="share of the variance")
         axes.legend(frameon=False)
     return _svg(figure)
 
 
 def confusion_matrix(table: np.ndarray, classes: Sequence[str]) -> str:
-    """Shares of each class's test images, by the class that the linear probe took them for."""
+    """Shares of the test images of each class, by predicted class."""
     shares = table / table.sum(1, keepdims=True).clip(min=1)
     side = min(9.0, 2.5 + 0.3 * len(classes))
     with mpl.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(side, side), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xlabel("taken for")
-        axes.set_ylabel("class")
+        axes.set(xlabel="predicted", ylabel="class")
         if len(classes) <= 40:
             names = [_plain(name) for name in classes]
             axes.set_xticks(range(len(classes)), names, rotation=90)
             axes.set_yticks(range(len(classes)), names)
         if len(classes) <= 12:
             for (row, column), share in np.ndenumerate(shares):
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=_ink(share), fontsize=8)
+                color = "white" if share > 0.5 else "black"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
         else:
             figure.colorbar(image, shrink=0.7)
     return _svg(figure)
 
 
-def _ink(share: float) -> str:
-    return "white" if share > 0.5 else "black"
-
-
 def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: str, seed: int) -> str:
-    """Test images in two dimensions, coloured by class.
+    """Projection of features to two dimensions, colored by class.
 
     Args:
         features: ``[N, F]``.
@@ -155,28 +152,26 @@ def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: 
         points = found.fit_transform(features.double().numpy())
         shares = np.nan_to_num(found.explained_variance_ratio_)
         axes_names = [f"direction {i + 1} ({100 * s:.1f} % of the variance)" for i, s in enumerate(shares)]
-    colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "turbo"]
+    colors = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "turbo"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 5), layout="constrained")
         axes = figure.subplots()
         for c, name in enumerate(classes):
             here = (labels == c).numpy()
-            colour = colours(c if len(classes) <= 20 else c / len(classes))
-            axes.scatter(
-                points[here, 0], points[here, 1], s=5, color=colour, label=_plain(name), alpha=0.7, linewidths=0
-            )
-        axes.set_xlabel(axes_names[0])
-        axes.set_ylabel(axes_names[1])
+            style: dict[str, Any] = {
+                "color": colors(c if len(classes) <= 20 else c / len(classes)),
+                "label": _plain(name),
+            }
+            axes.scatter(points[here, 0], points[here, 1], s=5, alpha=0.7, linewidths=0, **style)
+        axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
         if len(classes) <= 40:
             rows = math.ceil(len(classes) / 20)
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=3, ncols=rows)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=140)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return _data_uri("png", lambda file: figure.savefig(file, format="png", dpi=140))
 
 
 def _plain(name: str) -> str:
-    """A class name that matplotlib takes for text, not for mathematics, and that leaves room for the picture."""
+    """A class name without characters that matplotlib interprets, at most 24 characters long."""
     text = "".join(c if c.isprintable() else "?" for c in name)
-    text = f" {text}" if text.startswith("_") else text  # or legends leave it out
+    text = f" {text}" if text.startswith("_") else text  # matplotlib's legends omit names with an underscore
     return (text if len(text) <= 24 else f"{text[:23]}…").replace("$", r"\$")

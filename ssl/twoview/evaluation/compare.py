@@ -1,4 +1,4 @@
-"""Runs side by side, judged on the same test images, with paired intervals of their differences."""
+"""Comparison of finished runs on the same test images, with paired intervals of their differences."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from twoview import records
 from twoview.errors import UserError
-from twoview.evaluate.probes import bootstrap
-from twoview.report.pages import write_tables
-from twoview.report.tables import PROBES, Table, beside, number, percent, with_interval
+from twoview.evaluation.probe import bootstrap
+from twoview.evaluation.settings import MEASURES
+from twoview.evaluation.tables import Table, number, percent, side_by_side, with_interval
 
 FIGURES = {
     "mAP": ("retrieval", "mean_average_precision"),
@@ -27,21 +26,24 @@ FIGURES = {
 }
 
 
-def compare(
-    runs: Sequence[str | Path], seed: int = 0, run_dir: str | Path = "run", resamples: int = 2000
-) -> dict[str, Any]:
-    """One table of finished runs, the differences from the first with paired bootstrap intervals.
+def probe_titles() -> dict[str, str]:
+    """Row titles of all results that are accuracies, by their names in a report."""
+    titles = {name: measure.probe_title for name, measure in MEASURES.items() if measure.probe_title}
+    return {**titles, "finetune": "top-1"}
+
+
+def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dict[str, Any]:
+    """Compare finished runs.
 
     Args:
         runs: two or more folders with ``report.json`` and ``predictions.safetensors``, of the same test images.
         seed: of the bootstrap.
-        run_dir: folder for ``report.json``, ``report.md`` and ``report.html``; made if missing.
         resamples: of the test images.
 
     Returns:
-        The comparison, as written: for each run its ``folder``, ``method``, ``seed`` and ``results``, and in
-        ``differences`` for each probe that it shares with the first run ``difference``, its accuracy less the first
-        run's, and ``interval``, that which holds 95 % of the differences over resampled test images.
+        ``data`` and ``test_fingerprint`` of the runs; and ``runs``, for each its ``folder``, ``method``, ``backbone``,
+        ``seed``, ``results``, and ``differences``: for each probe that it has in common with the first run
+        ``difference``, its accuracy minus that of the first run, and the 95 % ``interval`` over resampled test images.
 
     Raises:
         UserError: too few runs, one that is not finished, or other test images.
@@ -54,7 +56,7 @@ def compare(
     for run, (report, predictions) in zip(runs, reports, strict=True):
         if report["test_fingerprint"] != first_report["test_fingerprint"]:
             raise UserError(
-                f"runs: {run} was judged on other test images ({report['data']}) than {runs[0]} "
+                f"runs: {run} was evaluated on other test images ({report['data']}) than {runs[0]} "
                 f"({first_report['data']}), or at another data.image_size; evaluate both on the same"
             )
         differences = {}
@@ -67,41 +69,38 @@ def compare(
             }
         kept = {key: report[key] for key in ("method", "backbone", "data", "seed", "commit", "results")}
         compared.append({"folder": str(run), **kept, "differences": differences})
-    head = records.begin("compare", {**first_report, "method": "comparison"}, seed, Path(run_dir))
-    comparison = head | {"test_fingerprint": first_report["test_fingerprint"], "runs": compared}
-    title = f"{first_report['data']}: {len(compared)} runs"
-    write_tables(title, comparison_tables(comparison), Path(run_dir))
-    return records.write(comparison, Path(run_dir))
+    return {**{key: first_report[key] for key in ("data", "backbone", "test_fingerprint")}, "runs": compared}
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     """The table of a comparison, and that of its differences."""
+    titles = probe_titles()
     columns: dict[str, dict[str, str]] = {}
     differences: dict[str, dict[str, str]] = {}
     for place, run in enumerate(comparison["runs"], 1):
         results = next(iter(run["results"].values()))
         name = f"{place}. {run['method']}"
         columns[name] = cells = {"backbone": run["backbone"]["name"], "seed": str(run["seed"])}
-        found = {PROBES[probe]: results[probe] for probe in PROBES if probe in results}
-        cells |= {probe: with_interval(x["test_top1"], x["interval"]) for probe, x in found.items()}
+        found = {title: results[probe] for probe, title in titles.items() if probe in results}
+        cells |= {title: with_interval(x["test_top1"], x["interval"]) for title, x in found.items()}
         few = results.get("few_labels", {})
         cells |= {f"{size} labels" if size.endswith("%") else size: percent(x["mean"]) for size, x in few.items()}
         cells |= {figure: number(results.get(part, {}).get(key)) for figure, (part, key) in FIGURES.items()}
         if place > 1:
             paired = run["differences"]
-            differences[name] = {PROBES[probe]: _points(paired[probe]) for probe in PROBES if probe in paired}
+            differences[name] = {titles[probe]: _points(paired[probe]) for probe in titles if probe in paired}
     folders = "\n".join(f"{place}. {run['folder']}" for place, run in enumerate(comparison["runs"], 1))
     note = (
         "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only, alignment runs that "
         "were evaluated with the same augment."
     )
-    apart = (
-        "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images: one that holds 0 is "
-        "no difference. They leave out the spread over seeds."
+    note_on_differences = (
+        "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images; an interval that "
+        "contains 0 is no significant difference. The spread over seeds is not included."
     )
     return [
-        beside(f"{comparison['data']}: {len(columns)} runs", columns, f"{note}\n{folders}"),
-        beside("Differences from the first run", differences, apart),
+        side_by_side(f"{comparison['data']}: {len(columns)} runs", columns, f"{note}\n{folders}"),
+        side_by_side("Differences from the first run", differences, note_on_differences),
     ]
 
 
@@ -120,9 +119,9 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("was written by another version")
     except FileNotFoundError as error:
         raise UserError(
-            f"runs: {run} has no report.json with predictions.safetensors; give folders of finished runs, such as what "
-            "task=evaluate prints"
+            f"runs: {run} has no report.json with predictions.safetensors; give folders of finished runs, as "
+            "task=evaluate prints them"
         ) from error
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"runs: the report in {run} cannot be read ({error}); evaluate it anew") from error
+        raise UserError(f"runs: the report in {run} cannot be read ({error}); evaluate it again") from error
     return report, predictions

@@ -1,0 +1,73 @@
+"""Results of expensive computations, stored in files for the next evaluation."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from twoview.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def key(*parts: Any) -> str:
+    """Hash of everything that a result depends on, including twoview's own code and torch's version.
+
+    Args:
+        parts: modules, hashed by their weights and architecture; images, by their statistics and labels; anything else,
+            by its ``repr``.
+    """
+    digest = hashlib.blake2b(_code() + torch.__version__.encode(), digest_size=16)
+    for part in parts:
+        if isinstance(part, nn.Module):
+            # Weights alone do not identify the architecture.
+            digest.update(repr((part, getattr(part, "build_arguments", None))).encode())
+            plain = {name: value for name, value in vars(part).items() if isinstance(value, int | float | str)}
+            digest.update(repr(sorted(plain.items())).encode())
+            for name, value in part.state_dict().items():
+                digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        elif hasattr(part, "statistics"):
+            digest.update(repr((len(part), part.size)).encode())
+            digest.update(part.statistics().numpy().tobytes() + part.labels.numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+@cache
+def _code() -> bytes:
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).digest()
+
+
+def cached(folder: str | None, name: Callable[[], str], compute: Callable[[], Result]) -> Result:
+    """The result stored under a name, or computed and stored.
+
+    Args:
+        folder: where results are stored; None computes without storing.
+        name: returns the name, such as :func:`key`.
+        compute: returns tensors or plain containers.
+    """
+    if folder is None:
+        return compute()
+    file = Path(folder).expanduser() / f"{name()}.pt"
+    if file.exists():
+        try:
+            found: Result = torch.load(file, weights_only=True)
+            log.info("%s: taken from the cache", file)
+            return found
+        except Exception as error:
+            log.warning("%s cannot be read (%s); computing it again", file, type(error).__name__)
+    result = compute()
+    try:
+        write_atomically(file, lambda handle: torch.save(result, handle))
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        log.warning("eval.cache=%s: cannot be written (%s)", folder, str(error).splitlines()[0])
+    return result

@@ -1,0 +1,77 @@
+"""Agreement of k-means clusters with the classes."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+from torch import Tensor
+
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
+from twoview.evaluation.tables import Table, figures_table
+from twoview.losses import l2_normalize
+
+
+@dataclass(frozen=True)
+class Clustering(Measure):
+    """k-means on unit-length features of the test images, with as many clusters as classes."""
+
+    name = "clustering"
+
+    def choose(self, inputs: Inputs, earlier: ByName) -> np.ndarray:
+        """Cluster of each test image."""
+        return cluster(inputs.test, inputs.classes, inputs.seed)
+
+    def score(self, chosen: np.ndarray, inputs: Inputs, labels: Tensor) -> Figures:
+        """See :func:`clustering_figures`."""
+        return clustering_figures(inputs.test, chosen, labels, inputs.seed)
+
+    def table(self, columns: ByName, report: ByName) -> Table:
+        """All figures."""
+        note = "k-means on unit-length features of test images, as many clusters as classes."
+        return figures_table("Clustering", columns, note)
+
+
+def cluster(features: Tensor, clusters: int, seed: int) -> np.ndarray:
+    """Cluster of each row of ``[N, F]``, by k-means on unit-length rows, the best of five starts.
+
+    Args:
+        features: ``[N, F]``.
+        clusters: their number, at most N.
+        seed: of k-means.
+    """
+    unit = l2_normalize(features).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
+        assigned: np.ndarray = KMeans(min(clusters, len(unit)), n_init=5, random_state=seed).fit_predict(unit)
+    return assigned
+
+
+def clustering_figures(
+    features: Tensor, assigned: np.ndarray, labels: Tensor, seed: int, sample: int = 2000
+) -> Figures:
+    """Compare clusters with the classes.
+
+    Args:
+        features: ``[N, F]``.
+        assigned: cluster of each row.
+        labels: int64 ``[N]``.
+        seed: of the sample.
+        sample: number of images of which the silhouette is computed.
+
+    Returns:
+        ``nmi`` in [0, 1] (arithmetic mean) and ``ari`` in [-0.5, 1] against the labels; ``silhouette`` of the clusters
+        in [-1, 1], None where all images of the sample lie in one cluster or each in its own; ``clusters`` with images.
+    """
+    unit = l2_normalize(features).numpy()
+    part = np.random.default_rng(seed).permutation(len(unit))[:sample]
+    distinct = len(np.unique(assigned[part]))
+    defined = 1 < distinct < len(part)
+    return {
+        "nmi": float(normalized_mutual_info_score(labels, assigned)),
+        "ari": float(adjusted_rand_score(labels, assigned)),
+        "silhouette": float(silhouette_score(unit[part], assigned[part])) if defined else None,
+        "clusters": len(np.unique(assigned)),
+    }

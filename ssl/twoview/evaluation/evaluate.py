@@ -1,0 +1,154 @@
+"""An evaluation: features, then choices without test labels, then scores with them; the same for the baselines."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twoview.augment import TwoViews
+from twoview.data import ImageData, Images
+from twoview.encoder import Encoder
+from twoview.errors import UserError
+from twoview.evaluation.cache import cached, key
+from twoview.evaluation.integrity import Shared, thumbnails
+from twoview.evaluation.measure import Inputs, Labelled, Measure
+from twoview.evaluation.probe import Prediction, score
+from twoview.evaluation.settings import EvaluationSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the figures of the trained network were computed from, for files and figures of the report.
+
+    Attributes:
+        train: fp32 ``[N, F]`` features of the training images.
+        test: fp32 ``[T, F]`` features of the test images.
+        predictions: of each probe.
+        splits: for each size of :class:`twoview.evaluation.few_labels.FewLabels`, positions of each draw.
+        shared: test images that are training images too, by split.
+    """
+
+    train: Tensor
+    test: Tensor
+    predictions: Mapping[str, Prediction]
+    splits: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    shared: Mapping[str, Sequence[Shared]] = field(default_factory=dict)
+
+
+def evaluate(
+    encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings, seed: int, device: torch.device
+) -> tuple[dict[str, Any], Evidence]:
+    """Take all measures of a network, and of its baselines.
+
+    Args:
+        encoder: the network.
+        images: with labelled training and test images.
+        views: augmentation whose alignment is measured.
+        settings: measures and how choices are made.
+        seed: of every random draw.
+        device: where networks are computed.
+
+    Returns:
+        ``results``, for "trained" and each baseline the figures of each measure; ``protocol``, all settings;
+        ``integrity``; ``figures``, held-out accuracies that a sweep can select by; and the evidence.
+
+    Raises:
+        UserError: images without labels, or features that are not finite.
+    """
+    train, test = images.labelled
+    small = {}
+    if settings.baselines or any(measure.uses_thumbnails for measure in settings.measures):
+        small = {"train": thumbnails(train), "test": thumbnails(test)}
+
+    def inputs(name: str, network: Encoder | None) -> Inputs:
+        log.info("evaluation: %s", name)
+        ours, theirs = (
+            small[split].pixels.flatten(1).float() / 255
+            if network is None
+            else _features(network.to(device), source, images.batch_size, settings.cache)
+            for split, source in (("train", train), ("test", test))
+        )
+        return Inputs(
+            name=name,
+            encoder=network,
+            train=Labelled(ours, train.labels),
+            test=theirs,
+            train_images=train,
+            test_images=test.with_labels(torch.full_like(test.labels, -1)),
+            pretrain_images=None if images.pretrain is train else images.pretrain,
+            views=views,
+            thumbnails=small,
+            classes=len(images.classes),
+            holdout=settings.holdout,
+            bootstrap=settings.bootstrap,
+            seed=seed,
+            device=device,
+            batch_size=images.batch_size,
+        )
+
+    def baseline(name: str, network: Encoder | None) -> dict[str, Any]:
+        return take(settings.measures, inputs(name, network), test.labels)[0]
+
+    trained = inputs("trained", encoder)
+    found, chosen = take(settings.measures, trained, test.labels)
+    integrity = found.pop("integrity", None)
+    results = {"trained": found}
+    networks = {"random initialisation": encoder.at_random(seed), "raw pixels": None} if settings.baselines else {}
+    for name, network in networks.items():
+        parts = (network and network.network, encoder.preprocess, train, test, views, settings, len(images.classes))
+        others = (seed, str(device), images.batch_size, images.allow_flip, images.min_crop_area)
+        results[name] = cached(settings.cache, partial(key, name, *parts, *others), partial(baseline, name, network))
+    predictions = {name: p for name, p in chosen.items() if isinstance(p, Prediction)}
+    report = {
+        "results": results,
+        "protocol": {**settings.knobs(), "train_images": len(train), "test_images": len(test)},
+        "figures": {f"val/{probe}_top1": p.chosen.get("val_top1") for probe, p in predictions.items()},
+        **({} if integrity is None else {"integrity": integrity}),
+    }
+    splits = getattr(chosen.get("few_labels"), "splits", {})
+    shared = getattr(chosen.get("integrity"), "shared", {})
+    return report, Evidence(trained.train.features, trained.test, predictions, splits, shared)
+
+
+def take(measures: Sequence[Measure], inputs: Inputs, labels: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take measures in two phases: all choices, then all scores.
+
+    Args:
+        measures: which ones.
+        inputs: features and images, without test labels.
+        labels: int64 ``[T]`` of the test images.
+
+    Returns:
+        Figures and choices of each measure that applies, by its name.
+    """
+    chosen: dict[str, Any] = {}
+    for measure in measures:
+        if measure.applies(inputs):
+            chosen[measure.name] = measure.choose(inputs, chosen)
+    # The test labels are read from here on; nothing is chosen any more.
+    found = {}
+    for measure in (measure for measure in measures if measure.name in chosen):
+        result = chosen[measure.name]
+        if isinstance(result, Prediction):
+            found[measure.name] = score(result, labels, inputs.classes, inputs.bootstrap, inputs.seed)
+        else:
+            found[measure.name] = measure.score(result, inputs, labels)
+    return found, chosen
+
+
+def _features(encoder: Encoder, images: Images, batch_size: int, cache: str | None) -> Tensor:
+    name = partial(key, encoder.network, encoder.preprocess, images)
+    features = cached(cache, name, partial(encoder.feature_matrix, images, batch_size))
+    bad = int((~features.isfinite()).any(1).sum())
+    if bad:
+        raise UserError(
+            f"checkpoint: {bad} of {len(features)} images get features that are not finite: training has diverged; "
+            "take an earlier checkpoint"
+        )
+    return features

@@ -1,0 +1,113 @@
+"""Linear probes on few labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from twoview.errors import require
+from twoview.evaluation.logistic import feature_scale, fit_linear
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, require_at_least, require_positive
+from twoview.evaluation.probe import accuracy, linear_scores
+from twoview.evaluation.tables import Table, side_by_side, with_interval
+
+
+class FewLabelPredictions(NamedTuple):
+    """For each size of split: int64 positions of each draw, and int64 ``[T]`` predictions for the test images."""
+
+    splits: Mapping[str, Sequence[Tensor]]
+    predictions: Mapping[str, Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class FewLabels(Measure):
+    """Linear probes fitted on few labelled training images, several random draws of each size.
+
+    The penalty is fixed: too few labels to hold any out.
+
+    Args:
+        labels_per_class: numbers of labelled images per class.
+        label_shares: shares of the training labels, in (0, 1).
+        draws: random splits of each size, at least 2; equal for all runs on the same labels.
+        few_label_l2: L2 penalty, > 0.
+        max_iterations: of L-BFGS.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    name = "few_labels"
+
+    labels_per_class: Sequence[int] = (1, 5, 10)
+    label_shares: Sequence[float] = (0.01, 0.1)
+    draws: int = 5
+    few_label_l2: float = 0.1
+    max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        require_positive(labels_per_class=self.labels_per_class, label_shares=self.label_shares)
+        require_at_least(2, draws=self.draws)
+        require_at_least(1, max_iterations=self.max_iterations)
+        shares = list(self.label_shares)
+        require(max(shares) < 1, f"eval.label_shares={shares}: give shares between 0 and 1")
+        require(self.few_label_l2 > 0, f"eval.few_label_l2={self.few_label_l2}: give a number above 0")
+
+    def choose(self, inputs: Inputs, earlier: ByName) -> FewLabelPredictions:
+        """Fit a probe on each split and classify the test images."""
+        # All training images determine the scale of the features, which needs no labels.
+        scale, l2 = feature_scale(inputs.train.features), [self.few_label_l2]
+
+        def predicted(split: Tensor) -> Tensor:
+            probes, _ = fit_linear(*inputs.train.at(split), l2, self.max_iterations, inputs.classes, scale)
+            return linear_scores(probes[0], inputs.test).argmax(1)
+
+        splits = few_label_splits(inputs.train.labels, self)
+        return FewLabelPredictions(splits, {name: [predicted(s) for s in draws] for name, draws in splits.items()})
+
+    def score(self, chosen: FewLabelPredictions, inputs: Inputs, labels: Tensor) -> Figures:
+        """For each size the ``mean`` accuracy over the ``draws``, its 95 % t ``interval``, and all accuracies."""
+        results = {}
+        for name, draws in chosen.predictions.items():
+            accuracies = np.array([accuracy(classes, labels) for classes in draws])
+            half = stats.t.ppf(0.975, len(draws) - 1) * accuracies.std(ddof=1) / np.sqrt(len(draws))
+            mean = float(accuracies.mean())
+            interval = [max(0.0, mean - float(half)), min(1.0, mean + float(half))]
+            results[name] = {"mean": mean, "interval": interval, "draws": accuracies.tolist()}
+        return results
+
+    def table(self, columns: ByName, report: ByName) -> Table:
+        """Mean accuracy for each size."""
+        cells = {
+            column: {size: with_interval(x["mean"], x["interval"]) for size, x in figures.items()}
+            for column, figures in columns.items()
+        }
+        note = "Linear probe on few labelled training images; mean over draws and its 95 % interval."
+        return side_by_side("Few labels", cells, note)
+
+
+def few_label_splits(labels: Tensor, settings: FewLabels) -> dict[str, list[Tensor]]:
+    """Positions of few labelled training images; a function of the labels and the number of the draw only.
+
+    A class with fewer images than asked for contributes all of them; a share contributes at least one image per class.
+    A draw of a larger size contains the draw of a smaller one.
+
+    Args:
+        labels: int64 ``[N]``.
+        settings: sizes and number of draws.
+
+    Returns:
+        For each size, such as "5 per class" or "1 %", int64 positions of each draw, ascending.
+    """
+
+    def drawn(draw: int, amount: int, share: float) -> Tensor:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(draw))
+        parts = [order[labels[order] == c] for c in labels.unique()]
+        return torch.cat([part[: max(amount, round(share * len(part)))] for part in parts]).sort().values
+
+    sizes = {f"{amount} per class": (amount, 0.0) for amount in settings.labels_per_class}
+    sizes |= {f"{100 * share:g} %": (1, share) for share in settings.label_shares}
+    return {name: [drawn(draw, *size) for draw in range(settings.draws)] for name, size in sizes.items()}

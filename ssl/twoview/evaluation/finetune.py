@@ -1,0 +1,173 @@
+"""Fine-tuning: the whole network trained on labels, beside the same network trained from random initialization."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twoview.augment import TwoViews, derive_seed
+from twoview.data import ImageData, split_holdout
+from twoview.encoder import Encoder
+from twoview.errors import require
+from twoview.evaluation.few_labels import FewLabels, few_label_splits
+from twoview.evaluation.linear_sgd import shuffled
+from twoview.evaluation.probe import Prediction, score
+from twoview.evaluation.settings import EvaluationSettings
+from twoview.optim import OptimizerSettings
+from twoview.training.trainer import choose_precision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of fine-tuning.
+
+    Args:
+        label_share: share of the training labels that is used, in (0, 1]; the same images for every run.
+        epochs: passes over these images, at least 1.
+        least_steps: more passes where few labels would make fewer steps than this, since a network trained from random
+            initialization needs a minimum number of steps.
+        batch_size: images per step, at least 2.
+        learning_rates: to choose from.
+        holdout: share of the used labels on which the learning rate is chosen, in (0, 1).
+        supervised: also train the same network from random initialization in the same way.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    label_share: float = 1.0
+    epochs: int = 30
+    least_steps: int = 300
+    batch_size: int = 128
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
+    holdout: float = 0.2
+    supervised: bool = True
+
+    def __post_init__(self) -> None:
+        for knob, value, high in (("label_share", self.label_share, 1.0), ("holdout", self.holdout, 0.99)):
+            require(0 < value <= high, f"finetune.{knob}={value}: give a share above 0, up to {high:g}")
+        for knob, least in (("epochs", 1), ("least_steps", 0), ("batch_size", 2)):
+            value = getattr(self, knob)
+            require(value >= least, f"finetune.{knob}={value}: must be at least {least}")
+        rates = list(self.learning_rates)
+        positive = rates and all(lr > 0 for lr in rates)
+        require(positive, f"finetune.learning_rates={rates}: give one or more numbers above 0")
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """How networks are trained on labels.
+
+    Args:
+        images: with labelled training and test images; test labels are not read here.
+        views: augmentation, of which the first view is used.
+        optimizer: optimizer settings; the learning rate is replaced.
+        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
+        settings: epochs, learning rates and so on.
+        seed: of the classifier, order, draws and held-out split.
+        device: where to compute.
+    """
+
+    images: ImageData
+    views: TwoViews
+    optimizer: OptimizerSettings
+    schedule: Callable[[float, float], float]
+    settings: FineTuning
+    seed: int
+    device: torch.device
+
+
+def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[str, Prediction]]:
+    """Fine-tune a network, and the same from random initialization for reference.
+
+    Args:
+        encoder: the network; not changed.
+        how: data and settings.
+
+    Returns:
+        ``results``, ``protocol`` and ``figures`` of the report, and the predictions for the test images.
+
+    Raises:
+        UserError: images without labels.
+    """
+    (train, test), settings, classes = how.images.labelled, how.settings, len(how.images.classes)
+    positions = torch.arange(len(train))
+    if settings.label_share < 1:
+        only = FewLabels(label_shares=[settings.label_share], labels_per_class=[1])
+        positions = list(few_label_splits(train.labels, only).values())[-1][0]
+    networks = {"fine-tuned": encoder}
+    if settings.supervised:
+        networks["supervised"] = encoder.at_random(how.seed)
+    predictions = {}
+    for name, network in networks.items():
+        log.info("%s on %d labels", name, len(positions))
+        predictions[name] = train_and_predict(network, positions, how)
+    # The test labels are read from here on.
+    resamples = EvaluationSettings().bootstrap
+    results = {
+        name: {"finetune": score(prediction, test.labels, classes, resamples, how.seed)}
+        for name, prediction in predictions.items()
+    }
+    sizes = {"labels": len(positions), "train_images": len(train), "test_images": len(test)}
+    figures = {"val/finetune_top1": results["fine-tuned"]["finetune"]["val_top1"]}
+    report = {"results": results, "protocol": {**asdict(settings), **sizes}, "figures": figures}
+    return report, {"finetune": predictions.pop("fine-tuned"), **predictions}
+
+
+def train_and_predict(encoder: Encoder, positions: Tensor, how: Supervised) -> Prediction:
+    """Train a copy of a network with a linear classifier, and classify the test images.
+
+    The learning rate is chosen on a held-out part of the labels; then the network is trained on all of them. The
+    network of the last epoch is used.
+
+    Args:
+        encoder: the network; not changed.
+        positions: int64, training images whose labels are used.
+        how: data and settings.
+    """
+    (train, test), settings = how.images.labelled, how.settings
+    parts = split_holdout(train.labels[positions], settings.holdout, how.seed, "finetune.holdout")
+    fitted, held_out = (positions[part] for part in parts)
+    how.views.to(how.device)
+    accuracies = []
+    for lr in settings.learning_rates:
+        scores = _train(encoder, fitted, lr, how).feature_matrix(train.subset(held_out))
+        accuracies.append(float((scores.argmax(1) == train.labels[held_out]).double().mean()))
+        log.info("learning rate %g: %.1f %% on held-out labels", lr, 100 * accuracies[-1])
+    best = int(np.argmax(accuracies))
+    scores = _train(encoder, positions, settings.learning_rates[best], how).feature_matrix(test)
+    chosen = {"val_top1": accuracies[best], "lr": settings.learning_rates[best]}
+    return Prediction(scores.argmax(1), chosen, scores.softmax(1))
+
+
+def _train(encoder: Encoder, positions: Tensor, lr: float, how: Supervised) -> Encoder:
+    """An encoder whose features are class scores."""
+    (train, _), settings, device = how.images.labelled, how.settings, how.device
+    bf16 = choose_precision("auto", encoder.network, device) == "bf16-mixed"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive_seed((how.seed, 1)))
+        width = encoder.feature_matrix(train.subset(positions[:1])).shape[1]
+        network = nn.Sequential(copy.deepcopy(encoder.network), nn.Linear(width, len(how.images.classes)))
+        network.to(device).to(memory_format=torch.channels_last).train()
+        optimizer = replace(how.optimizer, lr=lr).build(network, settings.batch_size)
+        steps_per_epoch = max(1, len(positions) // settings.batch_size)
+        epochs = max(settings.epochs, math.ceil(settings.least_steps / steps_per_epoch))
+        for batch, progress, key in shuffled(train, positions, settings.batch_size, epochs, how.seed):
+            view = how.views(batch.pixels.to(device), key)[0].to(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(network(view).float(), batch.labels.to(device))
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * how.schedule(progress * epochs, epochs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Encoder(network, encoder.card).to(device)

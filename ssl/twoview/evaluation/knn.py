@@ -1,0 +1,56 @@
+"""Classification by k nearest neighbors."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from twoview.data import split_holdout
+from twoview.evaluation.measure import ByName, Inputs, Measure, require_choice, require_positive
+from twoview.evaluation.probe import Prediction, accuracy, selection_score
+from twoview.metrics import knn_neighbours, knn_vote
+
+
+@dataclass(frozen=True)
+class KNN(Measure):
+    """Weighted vote of the k nearest training images by cosine; k and temperature are chosen on held-out labels.
+
+    Wu et al. 2018, arXiv:1805.01978, section 3.4.
+
+    Args:
+        k: numbers of neighbors to choose from.
+        temperature: of the weights exp(cosine / temperature), to choose from.
+        class_weights: "balanced" gives all classes equal weight in the choice, "none" all images.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    name = "knn"
+    probe_title = "kNN"
+
+    k: Sequence[int] = (1, 5, 10, 20, 50, 200)
+    temperature: Sequence[float] = (0.02, 0.07, 0.2)
+    class_weights: Literal["none", "balanced"] = "none"
+
+    def __post_init__(self) -> None:
+        require_positive(k=self.k, temperature=self.temperature)
+        require_choice(("none", "balanced"), class_weights=self.class_weights)
+
+    def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
+        """Choose k and temperature on held-out labels, then classify the test images by all training images."""
+        train = inputs.train
+        fitted, held_out = (train.at(part) for part in split_holdout(train.labels, inputs.holdout, inputs.seed))
+        numbers = [k for k in self.k if k <= len(fitted.labels)] or [len(fitted.labels)]
+        similarity, position = knn_neighbours(fitted.features, held_out.features, max(numbers))
+        grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]
+        predicted = [knn_vote(similarity, votes, k, temperature, inputs.classes) for k, temperature in grid]
+        scores = [selection_score(guesses, held_out.labels, self.class_weights) for guesses in predicted]
+        best = int(np.argmax(scores))
+        k, temperature = grid[best]
+        similarity, position = knn_neighbours(train.features, inputs.test, k)
+        classes = knn_vote(similarity, train.labels[position], k, temperature, inputs.classes)
+        val_top1 = accuracy(predicted[best], held_out.labels)
+        return Prediction(classes, {"val_top1": val_top1, "k": k, "temperature": temperature})

@@ -1,0 +1,89 @@
+"""Linear probe: logistic regression on frozen features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from twoview.data import split_holdout
+from twoview.errors import require
+from twoview.evaluation import measure, probe
+from twoview.evaluation.logistic import feature_scale, fit_linear
+from twoview.evaluation.measure import ByName, Inputs, Labelled, Measure
+from twoview.evaluation.probe import Prediction
+from twoview.evaluation.tables import Table, percent
+
+
+@dataclass(frozen=True)
+class Linear(Measure):
+    """Logistic regression on frozen features; the L2 penalty is chosen on held-out training labels.
+
+    Kornblith et al. 2019, arXiv:1805.08974, section 3.
+
+    Args:
+        l2: penalties to choose from, relative to the mean cross-entropy.
+        max_iterations: of L-BFGS; whether it converged is reported.
+        label_smoothing: in [0, 1).
+        class_weights: "balanced" gives all classes equal weight in the fit and in the choice, "none" all images.
+        batch_norm: scale each feature by its own standard deviation; False uses one scale for all.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+    max_iterations: int = 1000
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    batch_norm: bool = True
+
+    def __post_init__(self) -> None:
+        measure.require_positive(l2=self.l2)
+        measure.require_at_least(1, max_iterations=self.max_iterations)
+        measure.require_choice(("none", "balanced"), class_weights=self.class_weights)
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, f"eval.label_smoothing={smoothing}: give a number from 0 to below 1")
+
+    @property
+    def name(self) -> str:
+        """See :class:`Measure`."""
+        return "linear" if self.batch_norm else "linear_without_bn"
+
+    @property
+    def probe_title(self) -> str:
+        """See :class:`Measure`."""
+        return "linear probe" if self.batch_norm else "linear, no BatchNorm"
+
+    def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
+        """Choose the penalty on held-out labels, fit on all training labels, and classify the test images."""
+        train = inputs.train
+        fitted, held_out = (train.at(part) for part in split_holdout(train.labels, inputs.holdout, inputs.seed))
+        grid = sorted(self.l2, reverse=True)  # of a tie, the strongest penalty is chosen
+        probes, _ = self._fit(fitted, grid, inputs.classes)
+        predicted = [probe.linear_scores(one, held_out.features).argmax(1) for one in probes]
+        scores = [probe.selection_score(guesses, held_out.labels, self.class_weights) for guesses in predicted]
+        best = int(np.argmax(scores))
+        probes, converged = self._fit(train, grid[best : best + 1], inputs.classes)
+        val_top1 = probe.accuracy(predicted[best], held_out.labels)
+        chosen = {"val_top1": val_top1, "l2": grid[best], "converged": converged}
+        return probe.linear_prediction(probes[0], inputs.test, chosen)
+
+    def table(self, columns: ByName, report: ByName) -> Table | None:
+        """Accuracy for each class, of the trained network."""
+        if not self.batch_norm:
+            return None
+        shares = next(iter(columns.values()))["per_class"]
+        rows = [
+            [name, "no test image" if share is None else percent(share)]
+            for name, share in zip(report["classes"], shares, strict=True)
+        ]
+        return Table("Classes", ["class", "recognised by the linear probe"], rows)
+
+    def _fit(self, images: Labelled, l2: Sequence[float], classes: int) -> tuple[Tensor, bool]:
+        scale, weights = feature_scale(images.features, self.batch_norm), None
+        if self.class_weights == "balanced":
+            counts = images.labels.bincount(minlength=classes)
+            weights = len(images.labels) / ((counts > 0).sum() * counts.clamp(min=1))
+        return fit_linear(*images, l2, self.max_iterations, classes, scale, weights, self.label_smoothing)

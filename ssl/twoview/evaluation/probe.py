@@ -1,0 +1,112 @@
+"""Predictions of probes and their scores."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+
+class Prediction(NamedTuple):
+    """Predictions of a probe for the test images, made before their labels are read.
+
+    Attributes:
+        classes: int64 ``[T]``.
+        chosen: chosen hyperparameters, and "val_top1", their accuracy on held-out training labels.
+        probabilities: fp32 ``[T, C]`` of linear probes.
+        classify: ``[N, F] -> int64 [N]`` of linear probes, for any features.
+    """
+
+    classes: Tensor
+    chosen: dict[str, Any]
+    probabilities: Tensor | None = None
+    classify: Callable[[Tensor], Tensor] | None = None
+
+
+def score(prediction: Prediction, labels: Tensor, classes: int, resamples: int, seed: int) -> dict[str, Any]:
+    """Compare a prediction with the test labels.
+
+    Args:
+        prediction: for T images.
+        labels: int64 ``[T]``.
+        classes: number of classes.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        What was chosen, and: ``test_top1`` in [0, 1] with ``interval``, its 95 % percentile interval over resampled
+        test images; ``per_class``, the accuracy for each class (None for a class without test images), and
+        ``balanced_accuracy``, their mean; for probes with probabilities ``calibration_error``, the mean distance
+        between confidence and accuracy over 15 bins of confidence (Guo et al. 2017, arXiv:1706.04599).
+    """
+    correct = prediction.classes == labels
+    counts = labels.bincount(minlength=classes)
+    found = labels[correct].bincount(minlength=classes)
+    result = {
+        **prediction.chosen,
+        "test_top1": float(correct.double().mean()),
+        "interval": bootstrap(correct.double().numpy(), resamples, seed),
+        "balanced_accuracy": float((found / counts)[counts > 0].double().mean()),
+        "per_class": [f / n if n else None for f, n in zip(found.tolist(), counts.tolist(), strict=True)],
+    }
+    if prediction.probabilities is not None:
+        probabilities = F.pad(prediction.probabilities, (0, int(classes == 1)))  # torchmetrics needs two classes
+        error = multiclass_calibration_error(probabilities, labels, max(classes, 2), n_bins=15, norm="l1")
+        result["calibration_error"] = float(error)
+    return result
+
+
+def confusion(prediction: Prediction, labels: Tensor, classes: int) -> np.ndarray:
+    """int64 ``[C, C]``: number of images of each class (row) that were predicted as each class (column)."""
+    table: np.ndarray = (labels * classes + prediction.classes).bincount(minlength=classes**2).numpy()
+    return table.reshape(classes, classes)
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
+    """95 % percentile interval of a mean, by resampling its values.
+
+    Efron 1979, doi:10.1214/aos/1176344552.
+
+    Args:
+        values: ``[T]``, such as whether each image was classified correctly.
+        resamples: number of resamples.
+        seed: of the draws.
+    """
+    if len(values) < 2:
+        return [float(values.mean())] * 2
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=resamples, batch=64, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of correct predictions."""
+    return float((predicted == labels).double().mean())
+
+
+def selection_score(predicted: Tensor, labels: Tensor, class_weights: str) -> float:
+    """Score to choose hyperparameters by: accuracy, or its mean over classes if ``class_weights`` is "balanced"."""
+    if class_weights == "none":
+        return accuracy(predicted, labels)
+    return float(np.mean([accuracy(predicted[labels == c], labels[labels == c]) for c in labels.unique()]))
+
+
+def describe_choice(result: Mapping[str, Any]) -> str:
+    """The chosen hyperparameters in a few words."""
+    titles = {"l2": "L2", "lr": "learning rate", "k": "k", "temperature": "T"}
+    return ", ".join(f"{title} {result[name]:g}" for name, title in titles.items() if name in result)
+
+
+def linear_prediction(probe: Tensor, test: Tensor, chosen: dict[str, Any]) -> Prediction:
+    """Prediction of a linear probe ``[F + 1, C]``, the intercept last, for features ``[T, F]``."""
+    scores = linear_scores(probe, test)
+    return Prediction(scores.argmax(1), chosen, scores.softmax(1), lambda x: linear_scores(probe, x).argmax(1))
+
+
+def linear_scores(probe: Tensor, features: Tensor) -> Tensor:
+    """Class scores ``[N, C]`` of a linear probe ``[F + 1, C]`` for features ``[N, F]``."""
+    return features @ probe[:-1] + probe[-1]

@@ -1,0 +1,106 @@
+"""Retrieval of images of the same class."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twoview import metrics
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, require_choice, require_positive
+from twoview.evaluation.tables import Table, figures_table
+from twoview.losses import l2_normalize
+
+
+@dataclass(frozen=True)
+class Retrieval(Measure):
+    """Each test image is a query for images of its class, ranked by cosine similarity.
+
+    Args:
+        retrieval: "leave_one_out" searches among the other test images, "gallery" among the training images.
+        ranks: numbers K of results for recall@K and precision@K.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    name = "retrieval"
+
+    retrieval: Literal["leave_one_out", "gallery"] = "leave_one_out"
+    ranks: Sequence[int] = (1, 5, 10)
+
+    def __post_init__(self) -> None:
+        require_choice(("leave_one_out", "gallery"), retrieval=self.retrieval)
+        require_positive(ranks=self.ranks)
+
+    def score(self, chosen: None, inputs: Inputs, labels: Tensor) -> Figures:
+        """See :func:`retrieval_figures`."""
+        gallery = inputs.train if self.retrieval == "gallery" else None
+        return retrieval_figures(inputs.test, labels, gallery, self.ranks)
+
+    def table(self, columns: ByName, report: ByName) -> Table:
+        """All figures."""
+        where = "training images" if report["protocol"].get("retrieval") == "gallery" else "the other test images"
+        note = f"Each test image is a query for images of its class among {where}, by cosine similarity."
+        return figures_table("Retrieval", columns, note)
+
+
+def retrieval_figures(
+    queries: Tensor,
+    labels: Tensor,
+    gallery: tuple[Tensor, Tensor] | None = None,
+    ranks: Sequence[int] = (1, 5, 10),
+    chunk: int = 0,
+) -> Figures:
+    """How well images of the same class are found by cosine similarity.
+
+    Among results of equal similarity, those of other classes are ranked first, so that features that do not distinguish
+    images gain nothing from the order of the files.
+
+    Args:
+        queries: ``[N, F]``.
+        labels: int64 ``[N]``.
+        gallery: ``[M, F]`` and their labels; None searches among the other queries.
+        ranks: numbers of results for recall and precision.
+        chunk: queries at a time, which bounds memory to ``chunk * M`` similarities; 0 for four millions of them.
+
+    Returns:
+        Means over queries with at least one relevant image: ``recall@K``, ``precision@K``, ``mean_reciprocal_rank``,
+        ``mean_average_precision`` of :mod:`twoview.metrics`, None if there is no such query; the number of ``queries``,
+        and of those ``left_out`` because no other image is of their class.
+    """
+    bank, bank_labels = gallery or (queries, labels)
+    bank = l2_normalize(bank)
+    sums: dict[str, float] = {}
+    counted, chunk = 0, chunk or max(1, 2**22 // len(bank))
+    for start in range(0, len(queries), chunk):
+        similarity = l2_normalize(queries[start : start + chunk]) @ bank.T
+        relevant = labels[start : start + chunk, None] == bank_labels
+        if gallery is None:
+            itself = torch.arange(len(similarity))
+            relevant[itself, start + itself] = False
+            similarity[itself, start + itself] = -torch.inf
+        has_any = relevant.any(1)
+        ranked = _ranked(similarity[has_any], relevant[has_any])
+        counted += len(ranked)
+        figures = {
+            **{f"recall@{k}": metrics.recall_at_k(ranked, k) for k in ranks},
+            **{f"precision@{k}": metrics.precision_at_k(ranked, k) for k in ranks},
+            "mean_reciprocal_rank": metrics.mean_reciprocal_rank(ranked),
+            "mean_average_precision": metrics.mean_average_precision(ranked),
+        }
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + (value * len(ranked) if len(ranked) else 0.0)
+    means = {name: total / counted if counted else None for name, total in sums.items()}
+    return {**means, "queries": counted, "left_out": len(queries) - counted}
+
+
+def _ranked(similarity: Tensor, relevant: Tensor) -> Tensor:
+    """Relevance in the order of decreasing similarity, irrelevant results first among equals."""
+    # One sort of integers that hold both: the bits of a float in the order of its value, then the relevance.
+    bits = (similarity.float() + 0.0).numpy().view(np.int32).astype(np.int64)
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 1) | ~relevant.numpy()
+    keys.sort(axis=1)
+    return torch.from_numpy(keys[:, ::-1] & 1 == 0)

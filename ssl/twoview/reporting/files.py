@@ -1,0 +1,68 @@
+"""Files beside the report: predictions, confusion, splits, shared images."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from twoview.data import ImageData
+from twoview.evaluation.evaluate import Evidence
+from twoview.evaluation.probe import confusion
+from twoview.files import write_atomically
+
+
+def write_evidence(evidence: Evidence, images: ImageData, run_dir: Path) -> None:
+    """Write what the figures of a report were computed from, as far as it was measured.
+
+    * ``predictions.safetensors``: int64 ``[T]`` of ``labels`` and of each probe of the trained network;
+    * ``confusion.csv``: of the linear probe, a row for each class, a column for each predicted class;
+    * ``few_labels.json``: for each size and draw the positions of training images whose labels were used;
+    * ``shared_images.csv``: test images that are training images too.
+
+    Args:
+        evidence: of the evaluation.
+        images: that were evaluated.
+        run_dir: target folder.
+    """
+    labels = images.labelled[1].labels
+    write_predictions(labels, {name: p.classes for name, p in evidence.predictions.items()}, run_dir)
+    if "linear" in evidence.predictions:
+        table = confusion(evidence.predictions["linear"], labels, len(images.classes))
+        rows = ([name, *row] for name, row in zip(images.classes, table.tolist(), strict=True))
+        _write_csv(run_dir / "confusion.csv", ["class", *images.classes], rows)
+    if evidence.splits:
+        splits = {name: [draw.tolist() for draw in draws] for name, draws in evidence.splits.items()}
+        write_atomically(run_dir / "few_labels.json", json.dumps(splits) + "\n")
+    if evidence.shared:
+        header = ["test", "test position", "in", "train", "train position", "exact", "difference"]
+        _write_csv(run_dir / "shared_images.csv", header, shared_rows(evidence, images))
+
+
+def shared_rows(evidence: Evidence, images: ImageData) -> list[list[Any]]:
+    """For each shared image: test name, test position, split, name and position in it, exact, difference."""
+    train, test = images.labelled
+    sources = {"train": train, "pretrain": images.pretrain}
+    return [
+        [test.name(pair.test), pair.test, split, sources[split].name(pair.train), *pair[1:3], f"{pair.difference:.1f}"]
+        for split, pairs in evidence.shared.items()
+        for pair in pairs
+    ]
+
+
+def write_predictions(labels: Tensor, predicted: Mapping[str, Tensor], run_dir: Path) -> None:
+    """Write ``predictions.safetensors``."""
+    tensors = {"labels": labels.contiguous(), **{name: classes.contiguous() for name, classes in predicted.items()}}
+    write_atomically(run_dir / "predictions.safetensors", save(tensors))
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
