@@ -1,7 +1,7 @@
-"""Entry point of a clone; the installed command ``twoview`` is the same thing.
+"""Entry point in a clone, the same as the installed command ``twoview``.
 
 python train.py                                  SimCLR on the built-in digits, then the evaluation
-python train.py method=simclr data=cifar10       another data set
+python train.py method=moco data=cifar10         another method and data set
 python train.py --help                           tasks, methods, data sets and examples
 """
 

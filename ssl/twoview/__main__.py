@@ -1,4 +1,4 @@
-"""``python -m twoview`` is the command line too."""
+"""``python -m twoview``, the same as the command ``twoview``."""
 
 from twoview.cli import main
 

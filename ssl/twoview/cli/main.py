@@ -1,0 +1,176 @@
+"""The command line: Hydra's entry point, one job, instantiation of the task's parts, and the printed report."""
+
+import logging
+import math
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from twoview.cli import sweeps
+from twoview.cli.overrides import CONF, check_overrides, quoted, without
+from twoview.cli.resume import common_folder, resolve_resume
+from twoview.errors import Interrupted, UserError, require
+from twoview.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+# Knobs of pretraining that task=evaluate does not have, or reads from the checkpoint.
+_PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels")
+
+# Hydra's defaults would minimize, and draw other trials each time, so that finished ones are not found again.
+_OPTUNA = ("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0")
+
+# -v as an override, which reaches the jobs of every launcher.
+_VERBOSE = "++hydra.job_logging.handlers.console.level=DEBUG"
+
+
+def main() -> None:
+    """Run the command line.
+
+    Raises:
+        SystemExit: code 2 for a mistake of the user, 1 if a run of a sweep failed, 130 after Ctrl-C, or the code of an
+            interrupted run.
+    """
+    arguments = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
+    verbose = [_VERBOSE] if len(arguments) < len(sys.argv[1:]) else []
+    flags = [a for a in arguments if a.startswith("-")]
+    overrides = [quoted(a) for a in arguments if not a.startswith("-")]
+    sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
+    try:
+        overrides = resolve_resume(overrides, sweep)
+        # Other flags ask Hydra for something else than a run: help, the configuration, shell completion.
+        if sweep or not flags:
+            arguments = [*flags, *check_overrides(overrides, sweep), *common_folder(overrides, sweep)]
+        sys.argv[1:] = [*arguments, *verbose]
+        if "hydra/sweeper=optuna" in overrides:
+            given = {o.partition("=")[0] for o in overrides}
+            sys.argv += [o for o in _OPTUNA if not {o.partition("=")[0], "hydra/sweeper/sampler"} & given]
+        folder = sweeps.begin(overrides) if sweep else None
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+        finally:
+            failed = sweeps.summarize(folder) if folder is not None and folder.is_dir() else 0
+    except UserError as error:
+        _end(error, 2)
+    except KeyboardInterrupt:
+        _end("stopped", 130)
+    if failed:
+        sys.exit(1)
+
+
+def _end(message: object, code: int) -> NoReturn:
+    print(f"twoview: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """Run one job; the returned figure is what a sweeper optimizes, None if it is missing or not finite."""
+    job, name, figure, mistake = HydraConfig.get(), cfg.get("select_by"), None, None
+    sweep = job.mode == hydra.types.RunMode.MULTIRUN
+    try:
+        report = sweeps.run_ranks() if sweep and cfg.get("trainer", {}).get("devices", 1) > 1 else _run(cfg, sweep)
+        figures = report.get("figures", {})
+        name = name or next(iter(figures), None)
+        figure = figures.get(name)
+        figure = figure if figure is not None and math.isfinite(figure) else None
+    except Interrupted as stop:
+        # SystemExit ends a sweep too. A rank that Lightning started exits with 0, or Lightning would kill rank 0.
+        started = int(os.environ.get("LOCAL_RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+        _end(stop, 0 if started else stop.code)
+    except Exception as error:
+        user_error = _user_error(error)
+        if os.environ.get("HYDRA_FULL_ERROR") or not (user_error or sweep):
+            raise
+        if not sweep:  # SystemExit, as Hydra would print an exception with its own traceback
+            _end(user_error, 2)
+        # The other runs continue.
+        log.error("%s: %s", " ".join(job.overrides.task), user_error or "failed", exc_info=user_error is None)
+        mistake = str(user_error or f"{type(error).__name__}: {error}")
+    if sweep:
+        folder = os.path.relpath(job.runtime.output_dir)
+        sweeps.record(job.job.num, job.overrides.task, folder, str(name), figure, mistake)
+    return figure
+
+
+def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
+    """Call the function of the task with its instantiated parts, and print its report.
+
+    Returns:
+        The report; an empty mapping for a task without one.
+    """
+    from twoview.runs import SELECTABLE  # here, so that a mistyped knob does not wait for torch
+
+    select_by, choices = cfg.get("select_by"), ", ".join(SELECTABLE)
+    require(select_by in (None, *SELECTABLE), f"select_by={select_by}: choose one of {choices}")
+    require(0 <= cfg.seed < 2**32, f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    if rank == "0":
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(without(cfg, "task"), resolve=True))
+    else:
+        _set_rank_logging(rank)
+    task = cfg.task
+    if sweep and "resume" in task.get("run", {}):  # a sweep that is started again resumes its unfinished runs
+        task = OmegaConf.merge(task, {"run": {"resume": True}})
+    parts = {str(name): _instantiate(str(name), node) for name, node in task.items() if name != "_target_"}
+    result = hydra.utils.get_method(task._target_)(**parts)
+    report = result if isinstance(result, Mapping) else {}
+    if "results" in report or "runs" in report:
+        _print_report(report)
+    return report
+
+
+def _instantiate(name: str, node: Any) -> Any:
+    """An argument of a task's function: a node, instantiated by its own ``_target_``, or a plain value."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all") if OmegaConf.is_config(node) else node
+    except HydraException as error:
+        if _user_error(error):
+            raise
+        # Knobs that the class does not accept together, or an extra that is not installed.
+        raise UserError(f"{name}: {str(error.__cause__ or error).splitlines()[0]}") from error
+
+
+def _set_rank_logging(rank: str) -> None:
+    """Logging of a rank other than 0: errors only on the console, the rank's number before each line of run.log."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+        else:
+            handler.setLevel(logging.ERROR)
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    from twoview.evaluation.compare import comparison_tables
+    from twoview.reporting.tables import show, tables
+
+    shown = comparison_tables(report) if report["task"] == "compare" else tables(report)
+    for table in shown if report["task"] in ("evaluate", "compare") else shown[:1]:
+        if table.title not in ("Classes", "Invariance"):  # too long for a terminal; the pages have them
+            show(table)
+    folder = os.path.relpath(report["run_dir"])
+    pages = ("report.html", "report.md", "report.json")
+    print("report: " + ", ".join(f"{folder}/{name}" for name in pages if (Path(folder) / name).exists()))
+    if report["task"] == "pretrain":
+        given, choices = HydraConfig.get().overrides.task, HydraConfig.get().runtime.choices
+        # eval=full, which task=evaluate uses, has the knobs of eval=default but not those of the other choices.
+        kinds = ("data.", "seed=", *(["eval."] if choices["eval"] == "default" else []))
+        same = [o for o in given if o.startswith(kinds) and o.split("=")[0] not in _PRETRAIN_ONLY]
+        words = ["task=evaluate", f"data={choices['data']}", *same, f"checkpoint={folder}"]
+        program = "python train.py" if Path(sys.argv[0]).name == "train.py" else "twoview"
+        print(f"more:   {program} {shlex.join(words)}")
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The first UserError of an exception and what it was raised from."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

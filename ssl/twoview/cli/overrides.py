@@ -1,0 +1,173 @@
+"""Overrides of the command line: quoting, and checks with "did you mean" before torch is imported."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twoview.errors import UserError, require
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In the package of an installed wheel, at the root of a clone.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1] / "conf"
+
+# Knobs that have a default value and accept null.
+_NULLABLE = ("trainer.max_epochs", "trainer.max_time", "select_by", "eval.cache")
+
+# Launchers and sweepers that are plugins of Hydra, and the extras that install them.
+_PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "optuna": "optuna"}
+
+# Type of a default value, and what to ask for where an override has another type.
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
+
+
+def quoted(argument: str) -> str:
+    """Quote the value of ``key=value`` where Hydra's grammar cannot parse it.
+
+    >>> quoted("data.root=/x/München"), quoted("seed=1")
+    ("data.root='/x/München'", 'seed=1')
+    """
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        if match := re.fullmatch(r"([~+]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL):
+            value = match[2].replace("\\", "\\\\").replace("'", "\\'")
+            return f"{match[1]}='{value}'"
+    return argument
+
+
+def value_of(key: str, overrides: Iterable[str]) -> str | None:
+    """Return the value that overrides such as ``key=value`` give to a key, without its quotes; None without one."""
+    return next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith(f"{key}=")), None)
+
+
+def without(cfg: Any, *keys: str) -> DictConfig:
+    """Return a configuration without some of its top-level keys."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in keys])
+
+
+def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
+    """Check that the configuration accepts the overrides: keys, choices of groups, and types of values.
+
+    Args:
+        overrides: as on the command line, already quoted.
+        sweep: whether ``a=1,2`` means two runs.
+
+    Returns:
+        The overrides for Hydra, with ``++`` before those into a mapping that accepts any key, such as
+        ``augment.view_b``.
+
+    Raises:
+        UserError: an override is not accepted; the message names the knob, its value and the nearest valid one.
+    """
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    others: list[Override] = []  # the second and later values of a sweep
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise UserError(f"{text}: write KEY=VALUE, such as method.temperature=0.2") from None
+        if override.is_sweep_override():
+            require(sweep, f"{text}: several values are a sweep; add -m, or quote the value if it is a single one")
+            if not override.is_discrete_sweep():
+                continue
+            key = override.get_key_element()
+            override, *more = (parser.parse_override(f"{key}={value}") for value in override.sweep_string_iterator())
+            others += more
+        parsed.append(override)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        _check_choices([*parsed, *others])
+        knobs = _knobs(_compose_groups([o for o in parsed if _choices(o.key_or_group)]))
+        for override in [*parsed, *others]:
+            _check_value(override, knobs)
+        try:
+            cfg = hydra.compose("config", [_free(str(o.input_line), knobs) for o in parsed])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(str(error).splitlines()[0]) from None
+        if missing := [key for key, value in _knobs(cfg).items() if value == "???"]:
+            raise UserError(f"{missing[0]} is missing: give {missing[0]}=VALUE")
+    return [_free(text, knobs) for text in overrides]
+
+
+def _check_choices(overrides: list[Override]) -> None:
+    for override in overrides:
+        group, choice, choices = override.key_or_group, override.value(), _choices(override.key_or_group)
+        if choices and choice is not None and choice not in choices:
+            extra = _PLUGINS.get(str(choice)) if group.startswith("hydra/") else None
+            require(not extra, f'{group}={choice}: this plugin is not installed; pip install "twoview[{extra}]"')
+            advice = f"{_nearest(str(choice), choices)}choose one of {', '.join(choices)}"
+            raise UserError(f"{group}={choice}: there is no {group} {str(choice)!r}; {advice}")
+
+
+def _compose_groups(groups: list[Override]) -> DictConfig:
+    try:
+        return hydra.compose("config", [str(o.input_line) for o in groups])
+    except HydraException as error:
+        task = next((o.value() for o in groups if o.key_or_group == "task"), "pretrain")
+        for group, text in ((o.key_or_group, o.input_line) for o in groups):
+            unused = f"Could not override '{group}'" in str(error)
+            require(not unused, f"{text}: task={task} does not use {group}; leave it out")
+        raise UserError(str(error).splitlines()[0]) from None
+
+
+def _free(text: str, knobs: Mapping[str, Any]) -> str:
+    """``++text`` where the key is inside an empty mapping, which accepts any key; Hydra alone would reject it."""
+    key = text.partition("=")[0]
+    parents = (key.rsplit(".", i)[0] for i in range(key.count(".") + 1))
+    return f"++{text}" if any(knobs.get(parent) == {} for parent in parents) else text
+
+
+def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
+    key, value = override.key_or_group, override.value()
+    if override.is_add() or override.is_delete() or key.startswith("hydra") or _choices(key):
+        return
+    if key not in knobs and _free(key, knobs) == key:
+        near = _nearest(key, [*knobs, *GlobalHydra.instance().config_loader().list_groups("")])
+        raise UserError(f"{key}={value}: this task has no knob {key!r}; {near}--cfg job shows all knobs")
+    before = knobs.get(key)
+    nullable = before is None or key in _NULLABLE or str(before).startswith("${")
+    require(value is not None or nullable, f"{key}=null: this knob needs a value, such as {before}")
+    wanted = next((words for kind, words in _KINDS.items() if isinstance(before, kind)), "")
+    require(value is None or _fits(before, value), f"{key}={value}: give {wanted}, such as {before}")
+
+
+def _fits(before: Any, value: Any) -> bool:
+    if isinstance(before, list):
+        return isinstance(value, list) and all(_fits(before[0], v) for v in value if before)
+    if isinstance(before, int | float) and not isinstance(before, bool):
+        return isinstance(value, int | type(before)) and not isinstance(value, bool)
+    return isinstance(value, type(before)) or not isinstance(before, bool | dict)
+
+
+def _choices(group: str) -> list[str]:
+    return list(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _knobs(cfg: DictConfig) -> dict[str, Any]:
+    """Every knob by its dotted name, mappings included; interpolations are not resolved."""
+
+    def flat(node: Any, prefix: str) -> dict[str, Any]:
+        knobs = {}
+        for key, value in node.items():
+            knobs[prefix + key] = value
+            if isinstance(value, dict):
+                knobs |= flat(value, f"{prefix}{key}.")
+        return knobs
+
+    # The node of the task only repeats the groups.
+    return flat(OmegaConf.to_container(without(cfg, "task")), "")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,101 @@
+"""The folder of a run: ``resume=``, the folder of all ranks under torchrun, and the hash of a configuration."""
+
+import hashlib
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from twoview.cli.overrides import CONF, check_overrides, quoted, value_of, without
+from twoview.errors import require
+
+# Top-level keys that do not identify a configuration: folders, loggers, what is resumed, and copies of other keys.
+_NOT_IDENTIFYING = ("task", "logger", "resume", "rerun", "hydra")
+
+
+def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:
+    """Replace ``resume=RUN_DIR`` by the stored overrides of that run, and ``resume=auto`` by those of the newest one.
+
+    Args:
+        overrides: as on the command line, already quoted; they take precedence over stored ones.
+        sweep: whether the command is a sweep.
+
+    Returns:
+        The overrides of the run to resume, in its folder; ``overrides`` without ``resume=`` if there is none.
+
+    Raises:
+        UserError: the folder holds no run, or ``resume=`` is given to a sweep.
+    """
+    where = value_of("resume", overrides)
+    if where is None:
+        return overrides
+    require(not sweep, f"resume={where}: a sweep (-m) resumes its unfinished runs by itself; leave it out")
+    given = [o for o in overrides if not o.startswith("resume=")]
+    if where == "auto":
+        folder = _newest_unfinished(given)
+        if folder is None:
+            print("resume=auto: there is no unfinished run of this configuration; starting a new one")
+            return given
+    else:
+        folder = Path(where).expanduser()
+        stored = folder / ".hydra" / "overrides.yaml"
+        require(stored.is_file(), f"resume={where}: this is not the folder of a run; give one such as runs/DATE/TIME")
+        keys = {o.partition("=")[0] for o in given} | {"resume.run", "hydra.run.dir"}
+        before = [str(o) for o in OmegaConf.to_container(OmegaConf.load(stored))]  # type: ignore[union-attr]
+        given = [*(o for o in before if o.partition("=")[0] not in keys), *given]
+    return [*given, quoted(f"resume.run={folder}"), quoted(f"hydra.run.dir={folder}")]
+
+
+def common_folder(overrides: list[str], sweep: bool) -> list[str]:
+    """The override of the run folder that rank 0 chooses for all ranks under torchrun.
+
+    The default folder is named after the time, which each process would read by itself.
+
+    Args:
+        overrides: as on the command line.
+        sweep: whether the command is a sweep.
+
+    Returns:
+        ``hydra.run.dir=FOLDER`` as the only element; an empty list where no common folder is needed.
+
+    Raises:
+        UserError: a sweep under torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return []
+    require(not sweep, "-m: a sweep starts its processes itself; leave torchrun out and give trainer.devices=N")
+    if value_of("hydra.run.dir", overrides) is not None:
+        return []
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"twoview/folder/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["RANK"] == "0":
+        store.set(key, f"{datetime.now():runs/%Y-%m-%d/%H-%M-%S-%f}")
+    return [f"hydra.run.dir={store.get(key).decode()}"]
+
+
+def _newest_unfinished(overrides: list[str]) -> Path | None:
+    texts = check_overrides(overrides)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        wanted = _identifying(hydra.compose("config", texts))
+    runs = sorted(Path("runs").glob("*/*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    unfinished = (file for file in runs if not (file.parent / "report.json").exists())
+    return next((file.parent for file in unfinished if _identifying(OmegaConf.load(file)) == wanted), None)
+
+
+def _identifying(cfg: Any) -> Any:
+    """The resolved part of a configuration that two runs must share to be the same run."""
+    return OmegaConf.to_container(without(cfg, *_NOT_IDENTIFYING), resolve=True)
+
+
+def _config_hash(*, _root_: Any) -> str:
+    return hashlib.blake2b(json.dumps(_identifying(_root_), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+# Registered at import, so that it is known in every process that a launcher hands a job to.
+OmegaConf.register_new_resolver("config_hash", _config_hash, replace=True)

@@ -1,0 +1,160 @@
+"""Runs of a sweep: processes of their own, and outcomes, stored as files because runs may be on other machines."""
+
+import csv
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from twoview.cli.overrides import quoted, value_of
+from twoview.errors import require
+from twoview.files import write_atomically
+
+# Environment variable that holds the folder of the outcomes, in every run of a sweep.
+VARIABLE = "TWOVIEW_SWEEP"
+
+
+def begin(overrides: Sequence[str]) -> Path:
+    """Choose the folder of the outcomes, named after the time, and store it in the environment.
+
+    Args:
+        overrides: as on the command line; ``hydra.sweep.dir=`` among them sets the parent folder.
+
+    Returns:
+        The absolute path, which :func:`record` creates.
+    """
+    parent = value_of("hydra.sweep.dir", overrides) or "sweeps"
+    folder = Path(parent).resolve() / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    os.environ[VARIABLE] = str(folder)
+    return folder
+
+
+def run_ranks() -> Mapping[str, Any]:
+    """Run the current job of a sweep, which has several processes, as a command of its own.
+
+    Lightning starts the other ranks with the command line of this process, so inside a sweep each rank would run the
+    whole sweep.
+
+    Returns:
+        The content of the job's ``report.json``.
+
+    Raises:
+        UserError: the command failed; with the message that it printed.
+        SystemExit: the command was stopped by a signal.
+    """
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    verbosity = [o for o in job.overrides.hydra if "job_logging" in o]
+    arguments = [*job.overrides.task, *verbosity, quoted(f"resume.run={folder}"), quoted(f"hydra.run.dir={folder}")]
+    process = subprocess.Popen([sys.executable, "-m", "twoview", *arguments], stderr=subprocess.PIPE, text=True)
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        # SIGTERM for both signals: Ctrl-C also reaches the ranks from the terminal, and a second SIGINT kills them.
+        process.terminate()
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stderr = process.communicate()[1]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    print(stderr, end="", file=sys.stderr)
+    if received or process.returncode in (130, 143):
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 + received[0])
+    messages = [line.removeprefix("twoview: ") for line in stderr.splitlines() if line.startswith("twoview: ")]
+    unexplained = f"its processes ended with exit code {process.returncode}; see {folder}/run.log"
+    require(process.returncode == 0, messages[-1] if messages else unexplained)
+    return dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+
+
+def record(
+    number: int, overrides: Sequence[str], folder: str, name: str, figure: float | None, mistake: str | None
+) -> None:
+    """Write the outcome of one run; no-op outside of a sweep.
+
+    Args:
+        number: index of the run in its sweep.
+        overrides: as on the command line, such as ``seed=1``.
+        folder: run folder.
+        name: metric that the sweep selects by, such as ``val/linear_top1``.
+        figure: value of the metric, None if there is none.
+        mistake: error message of a failed run, None for success.
+    """
+    if VARIABLE in os.environ:
+        content = {"overrides": list(overrides), "folder": folder, "name": name, "figure": figure, "mistake": mistake}
+        write_atomically(Path(os.environ[VARIABLE]) / f"{number}.json", json.dumps(content) + "\n")
+
+
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    """Read the outcomes of a sweep, with mean and standard deviation over seeds.
+
+    Args:
+        folder: where :func:`record` wrote them.
+
+    Returns:
+        One mapping a run, in the order of the runs: ``overrides`` (those that differ between runs, without the seed)
+        and ``seed`` as text, ``folder``, ``name``, ``figure`` and ``mistake``; over the runs that differ in their seed
+        only, ``mean`` and sample ``deviation``, None where there are too few.
+    """
+    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), key=lambda file: int(file.stem))]
+    for run in runs:
+        pairs = (text.lstrip("+").partition("=") for text in run["overrides"])
+        run["overrides"] = {key: value for key, _, value in pairs}
+        run["seed"] = run["overrides"].pop("seed", "")
+    keys = dict.fromkeys(key for run in runs for key in run["overrides"])
+    differing = [key for key in keys if len({run["overrides"].get(key) for run in runs}) > 1]
+    for run in runs:
+        run["overrides"] = {key: run["overrides"].get(key, "") for key in differing}
+    for run in runs:
+        same = [r["figure"] for r in runs if r["overrides"] == run["overrides"] and r["figure"] is not None]
+        run["mean"] = statistics.mean(same) if same else None
+        run["deviation"] = statistics.stdev(same) if len(same) > 1 else None
+    return runs
+
+
+def summarize(folder: Path) -> int:
+    """Print a table with one row for the runs that differ in their seed only; write ``table.csv`` with one row a run.
+
+    Args:
+        folder: of the outcomes.
+
+    Returns:
+        Number of failed runs; the message of each is printed to stderr.
+    """
+    import rich.table  # only needed at the end of a sweep
+
+    runs = outcomes(folder)
+    names, figures = [*runs[0]["overrides"], "seed"], [runs[0]["name"], "mean", "deviation"]
+    text = io.StringIO(newline="")
+    keys = ("seed", "figure", "mean", "deviation", "mistake", "folder")
+    rows = [[*run["overrides"].values(), *(run[key] for key in keys)] for run in runs]
+    csv.writer(text).writerows([[*names, *figures, "mistake", "folder"], *rows])
+    write_atomically(folder / "table.csv", text.getvalue())
+    columns = [*names, *(rich.table.Column(name, justify="right") for name in figures)]
+    table = rich.table.Table(*columns, title=f"{runs[0]['name']} of {len(runs)} runs")
+    for values in dict.fromkeys(tuple(run["overrides"].values()) for run in runs):
+        same = [run for run in runs if tuple(run["overrides"].values()) == values]
+        shown = ("failed" if run["mistake"] else _percent(run["figure"]) for run in same)
+        spread = (_percent(same[0][key]) for key in ("mean", "deviation"))
+        table.add_row(*values, "\n".join(run["seed"] for run in same), "\n".join(shown), *spread)
+    rich.print(table)
+    print(f"table: {os.path.relpath(folder)}/table.csv")
+    failed = [run for run in runs if run["mistake"]]
+    for run in failed:
+        print(f"twoview: {run['folder']} failed: {run['mistake']}", file=sys.stderr)
+    return len(failed)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
