@@ -16,12 +16,14 @@ from twoview import distributed, methods
 from twoview.heads import projection_head
 
 N, STEPS = 12, 2
+QUEUES = ("queue.", "support_set.")  # prefixes of their buffers
 head = partial(projection_head, hidden_dim=10, out_dim=6)
 predictor = partial(projection_head, hidden_dim=10, out_dim=6, last_bn=False)
 
 # name: (method, its knobs on two ranks, its knobs on one process, norm layer)
 CASES = {
     "simclr": (methods.SimCLR, {}, {}, "group"),
+    "simclr same labels": (methods.SimCLR, {"same": "labels"}, {"same": "labels"}, "group"),
     "simclr dclw": (methods.SimCLR, {"variant": "dclw"}, {"variant": "dclw"}, "group"),
     "moco": (methods.MoCo, {"queue_size": 30}, {"queue_size": 30}, "group"),
     "moco dclw": (methods.MoCo, {"queue_size": 30, "variant": "dclw"}, {"queue_size": 30, "variant": "dclw"}, "group"),
@@ -71,8 +73,9 @@ def build(name, ranks):
     if make in (methods.MoCoV3, methods.NNCLR):
         knobs["predictor"] = partial(predictor, hidden_bn=with_bn)
     method = make(backbone, head(32, hidden_bn=with_bn, last_bn=with_bn), **knobs)
-    if hasattr(method, "queue") and "empty" not in name:  # negatives of some images of the batch and of others
-        method.queue.push(torch.randn(16, 6), torch.arange(6, 22))
+    queue = getattr(method, "queue", getattr(method, "support_set", None))
+    if queue is not None and "empty" not in name:  # keys of some images of the batch and of others
+        queue.push(torch.randn(16, 6), torch.arange(6, 22))
     return method.double()
 
 
@@ -89,7 +92,8 @@ def train(name, rank=0, world=1):
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
     losses, gradients = [], []
     for view_a, view_b, ids, labels in batches():
-        step = model(*(x[rank::world] for x in (view_a, view_b, ids, labels)))
+        view_a, view_b, ids, labels = (x[rank::world] for x in (view_a, view_b, ids, labels))
+        step = model(view_a, view_b, ids=ids, labels=labels)
         optimizer.zero_grad()
         step.loss.backward()
         gradients.append([None if p.grad is None else p.grad.clone() for p in method.parameters()])
@@ -114,7 +118,7 @@ def work(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Folder with what each of two ranks came to."""
+    """Folder with the results of each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -143,11 +147,13 @@ def test_two_ranks_are_one_process_on_the_joined_batch(name, two_ranks):
                 assert a is None or (a - b).abs().max() < 1e-10
         assert rank["state"].keys() == one["state"].keys()
         for key, value in one["state"].items():
-            if not key.startswith("queue."):
+            if not key.startswith(QUEUES):
                 assert_close(rank["state"][key], value, rtol=1e-10, atol=1e-10)
-    if any(key.startswith("queue.") for key in one["state"]):
+    stored = next((prefix for prefix in QUEUES if prefix + "keys" in one["state"]), None)
+    if stored is not None:
         # Slots need not agree: symmetric pushes hold both views of a rank side by side.
-        sides = [(s["queue.ids"], s["queue.keys"]) for s in (one["state"], two[0]["state"], two[1]["state"])]
+        states = (one["state"], two[0]["state"], two[1]["state"])
+        sides = [(state[stored + "ids"], state[stored + "keys"]) for state in states]
         contents = [sorted(zip(ids.tolist(), keys.tolist(), strict=True)) for ids, keys in sides]
         assert contents[1] == contents[2]
         for (i, key), (j, other) in zip(contents[0], contents[1], strict=True):
@@ -155,12 +161,12 @@ def test_two_ranks_are_one_process_on_the_joined_batch(name, two_ranks):
             assert_close(key, other, rtol=1e-10, atol=1e-10)
 
 
-def test_a_queue_of_two_ranks_goes_on_in_one_process_with_another_batch(two_ranks):
+def test_a_queue_of_two_ranks_is_continued_in_one_process_with_another_batch(two_ranks):
     method = build("moco", 1)
     state = torch.load(two_ranks / "moco 0.pt", weights_only=True)["state"]
     method.load_state_dict(state, strict=False)
     view = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    step = method(view, view, torch.arange(5))
+    step = method(view, view, ids=torch.arange(5))
     assert step.logs["queue_masked"] > 0
     method.after_batch(step)
     assert len(method.queue) == 30

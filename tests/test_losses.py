@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from twoview.losses import VARIANTS, batch_nce, chance_level, clip_loss, info_nce, moco_v3_loss, nt_xent, sup_con
+from twoview.losses import (
+    VARIANTS,
+    batch_nce,
+    chance_level,
+    check_loss_arguments,
+    clip_loss,
+    info_nce,
+    info_nce_rows,
+    l2_normalize,
+    moco_v3_loss,
+    nt_xent,
+    sup_con,
+)
 
 
 def pair(n, d, dtype=torch.float64, seed=0):
@@ -22,7 +34,7 @@ def nt_xent_by_hand(z_a, z_b, temperature):
 
 
 def rows_by_hand(positive, negatives, temperature, variant, sigma=0.5, tau_plus=0.1, beta=1.0):
-    """Losses of rows from cosines, written from the papers' formulas with exp and log."""
+    """Losses of rows from cosine similarities: the formulas of the papers with exp and log."""
     weights = [math.exp(p / sigma) for p in positive]
     losses = []
     for p, row in zip(positive, negatives, strict=True):
@@ -68,7 +80,7 @@ def test_variants_are_the_papers_formulas(variant, temperature):
     assert_close(info_nce(z_a, z_b, bank, temperature, variant=variant).item(), sum(expected) / 6, rtol=1e-10, atol=0)
 
 
-def test_known_positives_are_no_negatives():
+def test_known_positives_are_not_negatives():
     z_a, z_b = pair(5, 4)
     ids = torch.tensor([0, 1, 0, 2, 1])
     z = torch.nn.functional.normalize(torch.cat([z_a, z_b]), dim=1)
@@ -87,6 +99,13 @@ def test_known_positives_are_no_negatives():
     assert_close(masked, torch.stack(expected).mean())
 
 
+def test_negative_ids_are_unknown_and_equal_to_no_other():
+    z_a, z_b = pair(5, 4)
+    loss = nt_xent(z_a, z_b, 0.2, same=torch.tensor([-1, 3, -1, 3, -2]))
+    assert torch.equal(loss, nt_xent(z_a, z_b, 0.2, same=torch.tensor([0, 3, 1, 3, 2])))
+    assert torch.equal(nt_xent(z_a, z_b, 0.2, same=torch.full((5,), -1)), nt_xent(z_a, z_b, 0.2))
+
+
 def test_closed_forms():
     same = torch.ones(4, 3)
     assert_close(nt_xent(same, same, 0.3).item(), math.log(7), rtol=1e-6, atol=0)
@@ -95,7 +114,7 @@ def test_closed_forms():
     assert_close(nt_xent(eye, eye, 0.02).item(), 0.0, rtol=0, atol=1e-6)
 
 
-def test_variants_meet_where_the_papers_say():
+def test_variants_are_equal_in_the_limits_stated_in_the_papers():
     z_a, z_b = pair(8, 4)
     plain = nt_xent(z_a, z_b, 0.2)
     assert_close(nt_xent(z_a, z_b, 0.2, variant="debiased", tau_plus=0.0), plain)
@@ -127,7 +146,7 @@ def test_value_and_gradient_are_finite(variant, temperature, dtype):
     assert z_b.grad.isfinite().all()
 
 
-# The weight of "dclw" is held constant in the gradient on purpose.
+# The weight of "dclw" is detached.
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "dclw"])
 def test_gradient_is_the_derivative(variant):
     z_a, z_b = (z.requires_grad_() for z in pair(4, 3))
@@ -137,9 +156,9 @@ def test_gradient_is_the_derivative(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_without_negatives_has_no_loss_and_no_gradient(variant):
     z_a, z_b = (z.requires_grad_() for z in pair(3, 4))
-    everything_alike = torch.zeros(3, dtype=torch.long)
+    equal_ids = torch.zeros(3, dtype=torch.long)
     for loss in (
-        nt_xent(z_a, z_b, 0.1, variant=variant, same=everything_alike),
+        nt_xent(z_a, z_b, 0.1, variant=variant, same=equal_ids),
         nt_xent(z_a[:1], z_b[:1], 0.1, variant=variant),
         info_nce(z_a, z_b, z_b[:0], 0.1, variant=variant),
     ):
@@ -164,7 +183,7 @@ def test_small_temperature_equals_high_precision():
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.inf, math.nan])
-def test_a_temperature_that_means_nothing_is_refused(temperature):
+def test_a_temperature_out_of_range_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):
         nt_xent(*pair(4, 3), temperature)
 
@@ -178,7 +197,34 @@ def test_wrong_shapes_are_refused():
         nt_xent(*pair(4, 3), 0.1, variant="dlc")
 
 
-def test_chance_is_the_loss_of_embeddings_that_say_nothing():
+def test_parameters_of_variants_reach_both_losses_and_unknown_ones_are_refused():
+    z_a, z_b = (l2_normalize(z) for z in pair(6, 4, seed=1))
+    bank = l2_normalize(pair(9, 4, seed=2)[0])
+    for variant, knobs in {"dclw": {"sigma": 0.3}, "debiased": {"tau_plus": 0.2}, "hard": {"beta": 0.5}}.items():
+        positive, negatives = (z_a * z_b).sum(1).tolist(), (z_a @ bank.T).tolist()
+        expected = sum(rows_by_hand(positive, negatives, 0.2, variant, **knobs)) / 6
+        assert_close(info_nce(z_a, z_b, bank, 0.2, variant=variant, **knobs).item(), expected, rtol=1e-10, atol=0)
+        assert not torch.equal(
+            nt_xent(z_a, z_b, 0.2, variant=variant, **knobs), nt_xent(z_a, z_b, 0.2, variant=variant)
+        )
+    for loss in (nt_xent, lambda *a, **k: info_nce(*a[:2], bank[:0], *a[2:], **k)):
+        with pytest.raises(TypeError, match="gamma"):
+            loss(z_a, z_b, 0.2, variant="hard", gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"temperature": 0}, {"variant": "dlc"}, {"sigma": 0.0}, {"tau_plus": 1.0}, {"tau_plus": -0.1}, {"beta": math.nan}],
+)
+def test_arguments_out_of_range_are_named(knobs):
+    name, value = next(iter(knobs.items()))
+    with pytest.raises(ValueError, match=f"^{name}={value}: "):
+        check_loss_arguments(**{"temperature": 0.1} | knobs)
+    with pytest.raises(ValueError, match=f"^{name}={value}: "):
+        info_nce_rows(torch.ones(2), torch.ones(2, 0), torch.ones(2, 0).bool(), **{"temperature": 0.1} | knobs)
+
+
+def test_chance_level_is_the_loss_of_uninformative_embeddings():
     same = torch.ones(8, 3)
     assert_close(nt_xent(same, same, 0.1).item(), chance_level(14), rtol=1e-6, atol=0)
     assert_close(nt_xent(same, same, 0.1, variant="dcl").item(), chance_level(14, "dcl"), rtol=1e-5, atol=0)
@@ -198,11 +244,11 @@ def rows_of_a_batch_by_hand(q, k, temperature):
 def test_losses_within_a_batch_are_the_papers_pseudocode():
     a, b = pair(7, 5)
     c, d = pair(7, 5, seed=3)
-    there, back = rows_of_a_batch_by_hand(a, b, 0.3), rows_of_a_batch_by_hand(c, d, 0.3)
-    assert_close(batch_nce(a, b, 0.3).item(), there, rtol=1e-12, atol=0)
-    assert_close(moco_v3_loss(a, b, c, d, 0.3).item(), 0.6 * (there + back), rtol=1e-12, atol=0)
+    a_to_b, c_to_d = rows_of_a_batch_by_hand(a, b, 0.3), rows_of_a_batch_by_hand(c, d, 0.3)
+    assert_close(batch_nce(a, b, 0.3).item(), a_to_b, rtol=1e-12, atol=0)
+    assert_close(moco_v3_loss(a, b, c, d, 0.3).item(), 0.6 * (a_to_b + c_to_d), rtol=1e-12, atol=0)
     columns = rows_of_a_batch_by_hand(b, a, 0.3)
-    assert_close(clip_loss(a, b, 0.3).item(), (there + columns) / 2, rtol=1e-12, atol=0)
+    assert_close(clip_loss(a, b, 0.3).item(), (a_to_b + columns) / 2, rtol=1e-12, atol=0)
 
 
 def test_moco_v3_keys_take_no_gradient_and_clip_has_it_on_both_sides():
@@ -255,15 +301,15 @@ def test_other_losses_are_finite_at_small_temperatures_and_zero_vectors(temperat
         assert x.grad.isfinite().all()
 
 
-def test_perfect_pairs_drive_info_nce_to_zero_a_batch_is_never_its_own_negative():
+def test_info_nce_of_perfect_pairs_is_zero_unless_the_queue_contains_their_keys():
     keys = torch.eye(8, dtype=torch.float64)
     far = -torch.eye(8, dtype=torch.float64)
     assert info_nce(keys, keys, far, 0.02).item() < 1e-12
-    # Were the batch's own keys in the queue, the loss could not fall below log 2.
+    # With the keys of the batch in the queue, the loss is at least log 2.
     assert info_nce(keys, keys, torch.cat([far, keys]), 0.02).item() > math.log(2) - 1e-9
 
 
-def test_shapes_that_do_not_fit_other_losses():
+def test_other_losses_refuse_wrong_shapes_and_temperatures():
     a, b = pair(4, 3)
     with pytest.raises(ValueError, match="batch_nce needs two"):
         batch_nce(a, b[:3], 0.1)

@@ -20,13 +20,13 @@ def test_alignment_and_uniformity_are_the_papers_loops():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_effective_rank_counts_equal_directions(rank):
+def test_effective_rank_of_orthogonal_groups_is_their_number(rank):
     z = torch.zeros(120, 8)
     z[torch.arange(120), torch.arange(120) % rank] = 1
     assert metrics.effective_rank(z) == pytest.approx(rank, rel=1e-4)
 
 
-def test_effective_rank_of_nothing():
+def test_effective_rank_of_zeros_is_zero():
     assert metrics.effective_rank(torch.zeros(4, 3)) == 0
 
 
@@ -52,32 +52,32 @@ def test_contrastive_logs_against_loops():
     assert float(logs["positive_similarity"]) == pytest.approx(positive, abs=1e-6)
 
 
-def test_a_tie_is_no_hit():
+def test_ties_do_not_count_for_contrastive_top1():
     same = torch.ones(4, 3)
     assert float(metrics.in_batch_logs(same, same)["contrastive_top1"]) == 0
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.05), (20, 1.0)])
-def test_knn_is_scikit_learns_with_the_same_weights(k, temperature):
+def test_knn_equals_scikit_learn_with_the_same_weights(k, temperature):
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(60, 6, generator=generator), torch.randn(25, 6, generator=generator)
     labels = torch.randint(0, 4, (60,), generator=generator)
-    theirs = KNeighborsClassifier(
+    reference = KNeighborsClassifier(
         k,
         metric="cosine",
         algorithm="brute",
         weights=lambda distance: torch.exp((1 - torch.tensor(distance)) / temperature).numpy(),
     )
-    expected = theirs.fit(bank.numpy(), labels.numpy()).predict(queries.numpy())
+    expected = reference.fit(bank.numpy(), labels.numpy()).predict(queries.numpy())
     assert_close(metrics.knn_predict(bank, labels, queries, k, temperature), torch.from_numpy(expected))
 
 
-def test_knn_takes_more_neighbours_than_there_are_and_tiny_temperatures():
+def test_knn_accepts_k_above_the_bank_size_and_small_temperatures():
     bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
     assert metrics.knn_predict(bank, labels, bank + 0.1, k=200, temperature=1e-3).tolist() == [0, 1, 2]
 
 
-def test_knn_in_chunks_is_knn_at_once():
+def test_knn_does_not_depend_on_the_chunk_size():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     for a, b in zip(metrics.knn_neighbours(x, x, 5, chunk=7), metrics.knn_neighbours(x, x, 5), strict=True):
         assert_close(a, b)

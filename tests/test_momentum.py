@@ -11,7 +11,7 @@ def network():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
 
 
-def test_it_starts_equal_and_takes_no_gradient():
+def test_the_copy_starts_equal_and_has_no_gradient():
     original = network()
     copy = MomentumCopy(original)
     assert all(torch.equal(a, b) for a, b in zip(copy.copy.parameters(), original.parameters(), strict=True))
@@ -20,7 +20,7 @@ def test_it_starts_equal_and_takes_no_gradient():
     assert set(copy.state_dict()) == {f"copy.{name}" for name in original.state_dict()}
 
 
-def test_following_is_the_average_in_loops():
+def test_follow_is_the_moving_average_in_loops():
     original = network()
     copy = MomentumCopy(original)
     expected = [p.detach().clone() for p in original.parameters()]
@@ -30,12 +30,12 @@ def test_following_is_the_average_in_loops():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
         copy.follow(0.9)
         expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, original.parameters(), strict=True)]
-    for mine, wanted in zip(copy.copy.parameters(), expected, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-13, atol=1e-13)
+    for average, wanted in zip(copy.copy.parameters(), expected, strict=True):
+        torch.testing.assert_close(average, wanted, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(("momentum", "wanted"), [(1.0, "before"), (0.0, "original")])
-def test_the_ends(momentum, wanted):
+def test_momentum_0_and_1(momentum, wanted):
     original = network()
     copy = MomentumCopy(original)
     before = [p.clone() for p in copy.copy.parameters()]
@@ -53,22 +53,22 @@ def test_batchnorm_statistics(statistics):
     copy = MomentumCopy(original, statistics)
     original(torch.randn(50, 3).double() * 4)
     copy.follow(0.75)
-    seen, kept = original[1].running_var, copy.copy[1].running_var
-    wanted = {"own": torch.ones(4).double(), "average": 0.75 + 0.25 * seen, "copy": seen}[statistics]
-    torch.testing.assert_close(kept, wanted)
+    source, average = original[1].running_var, copy.copy[1].running_var
+    wanted = {"own": torch.ones(4).double(), "average": 0.75 + 0.25 * source, "copy": source}[statistics]
+    torch.testing.assert_close(average, wanted)
     assert copy.copy[1].num_batches_tracked == (0 if statistics == "own" else 1)
 
 
-def test_the_original_moves_with_it_and_is_not_its_child():
+def test_the_original_is_not_a_submodule_of_the_copy():
     original = network()
     holder = nn.Module()
-    holder.original, holder.slow = original, MomentumCopy(original)
+    holder.original, holder.average = original, MomentumCopy(original)
     holder.float()
-    holder.slow.follow(0.5)
-    assert holder.slow.copy[0].weight.dtype == torch.float32
+    holder.average.follow(0.5)
+    assert holder.average.copy[0].weight.dtype == torch.float32
     assert len(list(holder.parameters())) == 2 * len(list(original.parameters()))
 
 
-def test_other_statistics_are_refused():
+def test_unknown_statistics_are_refused():
     with pytest.raises(UserError, match="method.statistics=mine"):
         MomentumCopy(network(), "mine")

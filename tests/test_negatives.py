@@ -10,19 +10,19 @@ def keys(n, seed=0, d=4):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_contents_after_one_and_a_half_turns_of_uneven_batches():
-    queue, plain, first = NegativeQueue(10, 4), [], 0
+def test_contents_equal_those_of_a_list_for_batches_of_different_sizes():
+    queue, expected, first = NegativeQueue(10, 4), [], 0
     for i, n in enumerate((3, 1, 4, 2, 5)):
         batch, ids = keys(n, i), torch.arange(first, first + n)
         queue.push(batch, ids)
-        plain = (plain + list(zip(F.normalize(batch, dim=1).tolist(), ids.tolist(), strict=True)))[-10:]
+        expected = (expected + list(zip(F.normalize(batch, dim=1).tolist(), ids.tolist(), strict=True)))[-10:]
         first += n
         stored, stored_ids = queue.read()
         assert len(queue) == len(stored) == min(first, 10)
-        assert sorted(zip(stored.tolist(), stored_ids.tolist(), strict=True)) == sorted(plain)
+        assert sorted(zip(stored.tolist(), stored_ids.tolist(), strict=True)) == sorted(expected)
 
 
-def test_it_starts_empty():
+def test_a_new_queue_is_empty():
     queue = NegativeQueue(6, 4)
     stored, ids = queue.read()
     assert stored.shape == (0, 4)
@@ -31,16 +31,16 @@ def test_it_starts_empty():
 
 
 @pytest.mark.parametrize("n", [6, 7, 20])
-def test_a_batch_as_long_as_the_queue_or_longer(n):
+def test_a_batch_of_at_least_the_queue_size(n):
     queue = NegativeQueue(6, 4)
     queue.push(keys(2), torch.tensor([90, 91]))
     queue.push(keys(n, 1), torch.arange(n))
     assert sorted(queue.read()[1].tolist()) == list(range(n - 6, n))
-    queue.push(keys(1, 2), torch.tensor([50]))  # over the oldest
+    queue.push(keys(1, 2), torch.tensor([50]))  # replaces the oldest
     assert sorted(queue.read()[1].tolist()) == [*range(n - 5, n), 50]
 
 
-def test_age_is_that_of_the_oldest_key():
+def test_age_of_the_oldest_key_in_batches():
     queue = NegativeQueue(6, 4)
     ages = []
     for i in range(6):
@@ -58,7 +58,7 @@ def test_an_empty_push_changes_nothing():
     assert len(queue) == 4
 
 
-def test_it_survives_saving_and_goes_on_with_another_batch_size(tmp_path):
+def test_a_loaded_state_continues_with_another_batch_size(tmp_path):
     queue, other = NegativeQueue(10, 4), NegativeQueue(10, 4)
     for i in range(3):
         queue.push(keys(4, i), torch.arange(4 * i, 4 * i + 4))
@@ -70,7 +70,7 @@ def test_it_survives_saving_and_goes_on_with_another_batch_size(tmp_path):
     assert sorted(other.read()[1].tolist()) == [5, 6, 7, 8, 9, 10, 11, 70, 71, 72]
 
 
-def test_wrong_shapes_and_sizes():
+def test_wrong_shapes_and_sizes_are_refused():
     with pytest.raises(UserError, match="method.queue_size=0"):
         NegativeQueue(0, 4)
     queue = NegativeQueue(6, 4)

@@ -1,0 +1,71 @@
+import json
+import re
+import shlex
+
+import pytest
+from commands import ROOT, train
+from omegaconf import OmegaConf
+
+from twoview.cli import sweeps
+
+SHORT = ["trainer.max_epochs=1", "backbone.name=test_resnet", "data.image_size=16", "eval.baselines=false"]
+
+
+def test_a_sweep_has_a_folder_for_every_run_and_goes_on_after_a_failure(tmp_path):
+    result = train("-m", "method.temperature=0.1,0,0.5", *SHORT, f"hydra.sweep.dir={tmp_path}")
+    assert result.returncode == 1
+    assert "method.temperature=0: must be above 0" in result.stderr
+    runs = sweeps.outcomes(next(tmp_path.glob("*/table.csv")).parent)
+    assert [run["mistake"] is None for run in runs] == [True, False, True]
+    assert [run["figure"] is None for run in runs] == [False, True, False]
+
+
+def test_every_method_runs_by_its_name(tmp_path):
+    names = ["moco", "moco_v1", "moco_v3", "supcon", "nnclr"]
+    result = train("-m", f"method={','.join(names)}", *SHORT, f"hydra.sweep.dir={tmp_path}", timeout=250)
+    assert result.returncode == 0, result.stderr
+    done = sweeps.outcomes(next(tmp_path.glob("*/table.csv")).parent)
+    reports = [json.loads((ROOT / run["folder"] / "report.json").read_text()) for run in done]
+    assert [r["method"] for r in reports] == ["MoCo", "MoCo", "MoCoV3", "SupCon", "NNCLR"]
+    assert [r["training"]["batches_without_step"] for r in reports] == [1, 1, 0, 0, 1]
+
+
+def test_two_processes_from_the_same_command(tmp_path):
+    result = train(
+        "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "method=moco", *SHORT, cwd=tmp_path, timeout=250
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    (file,) = tmp_path.glob("runs/*/*/report.json")
+    report = json.loads(file.read_text())
+    assert report["training"]["processes"] == 2
+    assert report["training"]["images_seen"] == report["training"]["batch_size"] * (report["training"]["steps"] + 1)
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+    assert result.stdout.count("report: ") == 1
+    said = [line for line in (file.parent / "run.log").read_text().splitlines() if "images, test_resnet, batch" in line]
+    assert ["rank 1" in line for line in said] == [False, True]
+
+
+def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):
+    result = train(*SHORT, "seed=3", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    again = re.search(r"more:\s+python train.py (.*)", result.stdout)[1]
+    result = train(*shlex.split(again), "eval.shift_images=20", "eval.draws=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/*/report.json")))
+    assert second["results"]["trained"]["linear"] == first["results"]["trained"]["linear"]
+    assert (second["task"], second["seed"]) == ("evaluate", 3)
+    config = min(tmp_path.glob("runs/*/*/config.yaml")).read_text()  # of the first run
+    assert "image_size: 16" in config
+    assert "${" not in config
+
+
+@pytest.mark.parametrize(("flags", "level"), [([], "INFO"), (["-v"], "DEBUG"), (["--verbose"], "DEBUG")])
+def test_verbose_is_the_level_of_the_console(flags, level):
+    result = train(*flags, "--cfg", "hydra", "method=moco")
+    assert result.returncode == 0, result.stderr
+    logs = OmegaConf.create(result.stdout).hydra.job_logging
+    assert logs.handlers.console.level == level
+    assert "level" not in logs.handlers.file
+    assert logs.loggers.twoview.level == "DEBUG"

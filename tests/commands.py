@@ -1,0 +1,34 @@
+"""The command line as a subprocess, as a user starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["backbone.name=test_resnet", "data.image_size=16", "trainer.max_epochs=3", "trainer.check_every=1"]
+QUICK = ["eval.baselines=false", "eval.l2=[0.01]", "eval.k=[5]", "eval.temperature=[0.07]"]
+
+
+def environment():
+    """This environment without a network: nothing can be downloaded."""
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    return {**os.environ, **proxies, "COLUMNS": "200", "WANDB_MODE": "disabled"}
+
+
+def train(*arguments, cwd=ROOT, timeout=120):
+    """``python train.py`` with these arguments, to its end."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, env=environment()
+    )
+
+
+def command(*arguments):
+    """The command of a pretraining that takes seconds."""
+    return [sys.executable, str(ROOT / "train.py"), *SHORT, *QUICK, *arguments]
+
+
+def run(folder, *arguments):
+    """A pretraining that takes seconds, to its end."""
+    return train(*SHORT, *QUICK, *arguments, cwd=folder, timeout=250)

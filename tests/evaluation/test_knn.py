@@ -1,0 +1,42 @@
+"""k nearest neighbors against scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from evaluation.helpers_evaluation import blobs, figures_of
+from short_runs import make_inputs
+from sklearn.neighbors import KNeighborsClassifier
+
+from twoview.data import split_holdout
+from twoview.evaluation.knn import KNN
+
+
+def test_k_is_chosen_on_held_out_labels_as_by_scikit_learn():
+    features, labels = blobs(spread=4.0)
+    fit, held = split_holdout(labels, 0.2, seed=0)
+    measure = KNN(k=(1, 20), temperature=(0.07,))
+    result = figures_of(measure, make_inputs(features, labels, features), labels)
+    best = -1.0, 0
+    for k in (1, 20):
+        model = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+        score = model.fit(features[fit], labels[fit]).score(features[held], labels[held])
+        best = max(best, (score, -k))
+    assert (result["val_top1"], -result["k"]) == pytest.approx(best)
+
+
+def test_k_is_limited_by_the_number_of_images():
+    features, labels = blobs(20)
+    assert KNN(k=(200,)).choose(make_inputs(features, labels, features), {}).chosen["k"] == 16
+
+
+def test_balanced_choices_give_all_classes_equal_weight():
+    # Where the rare class lies, four of five images are of the other class, so it never wins a vote of many neighbors.
+    labels = (torch.arange(400) < 50).long()
+    angles = torch.rand(400, generator=torch.Generator().manual_seed(0))
+    angles[:250] *= 0.3
+    angles[250:] += 1
+    features, found = torch.stack([angles.cos(), angles.sin()], 1), {}
+    for weights in ("none", "balanced"):
+        measure = KNN(k=(1, 200), temperature=(1.0,), class_weights=weights)
+        found[weights] = measure.choose(make_inputs(features, labels, features), {}).chosen["k"]
+    assert found == {"none": 200, "balanced": 1}
