@@ -1,27 +1,42 @@
-"""How many near duplicates are found, and how many other images are taken for some: one Markdown row a data set.
+"""Near duplicates that are found, and other images that are reported as duplicates: one Markdown row for each data set.
 
-python benchmarks/duplicates.py                       # digits and noise
-python benchmarks/duplicates.py CIFAR10/train CIFAR10/test  # and 20,000 + 2,000 pictures of two folders
+python benchmarks/duplicates.py                             # digits and noise
+python benchmarks/duplicates.py CIFAR10/train CIFAR10/test  # and the images of two folders, whole and in part
 """
 
+import io
 import sys
-from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_overlap import arrays, reencoded
+from twoview.data import TensorImages, digits, fake, folder
+from twoview.evaluation.integrity import shared_images, thumbnails
 
-from twoview.data import digits, fake, folder
-from twoview.evaluate.overlap import shared_images
+
+def reencoded(pixels, quality=60):
+    """Images saved as JPEG and read again, uint8 ``[N, C, H, W]``."""
+    images = []
+    for image in pixels:
+        file, array = io.BytesIO(), image.permute(1, 2, 0).numpy()
+        Image.fromarray(array[:, :, 0] if len(image) == 1 else array).save(file, "JPEG", quality=quality)
+        again = torch.from_numpy(np.array(Image.open(file)))
+        images.append(again[None] if len(image) == 1 else again.permute(2, 0, 1))
+    return torch.stack(images)
+
+
+def small(pixels):
+    """Thumbnails of uint8 ``[N, C, S, S]``."""
+    return thumbnails(TensorImages(pixels, torch.zeros(len(pixels), dtype=torch.int64)))
 
 
 def measure(name, train, clean, planted=500):
     copies = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:planted]
-    bank = arrays(train)
-    pairs = {pair.test: pair.train for pair in shared_images(bank, arrays(reencoded(train[copies])))}
+    bank = small(train)
+    pairs = {pair.test: pair.train for pair in shared_images(bank, small(reencoded(train[copies])))}
     found = sum(pairs.get(i) == int(copy) for i, copy in enumerate(copies))
-    alarms = len(shared_images(bank, arrays(clean)))
+    alarms = len(shared_images(bank, small(clean)))
     print(f"| {name}, {len(train):,} training images | {len(copies)} | {found} | {len(clean):,} | {alarms} |")
 
 

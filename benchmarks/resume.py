@@ -1,11 +1,10 @@
-"""Does a run that is killed anywhere come to the same last bit? A table, for docs/resuming_and_sweeps.md.
+"""Compares runs that were killed and resumed with an uninterrupted run, bit by bit; prints a Markdown table.
 
-    python benchmarks/resume.py                     # 20 points on one process, half by SIGKILL, half by SIGTERM
+    python benchmarks/resume.py                       # 20 points, one process; SIGKILL and SIGTERM in turn
     python benchmarks/resume.py --points 5 --ranks 2  # SIGTERM to the process group of two ranks
 
-A point is a share of the time of the uninterrupted run, drawn by seed, from the start of Python to the end of the
-evaluation. A killed run is resumed to its end; weights, optimiser state and step of its last checkpoint are then
-compared bit by bit.
+A point is a random share of the time of the uninterrupted run, from the start of Python to the end of the evaluation.
+A killed run is resumed to its end; weights, optimizer state and step of its last checkpoint are then compared.
 """
 
 import argparse
@@ -58,9 +57,7 @@ def main():
         overrides += ["trainer=ddp", f"trainer.devices={arguments.ranks}"]
     draw = random.Random(arguments.seed)
     print(f"{' '.join(overrides)}, torch {torch.__version__}, {os.cpu_count()} cores\n")
-    print(
-        "| point | signal | exit code | step it had saved | the last checkpoint is identical |\n|---|---|---|---|---|"
-    )
+    print("| point | signal | exit code | last saved step | last checkpoint identical |\n|---|---|---|---|---|")
     identical = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -79,7 +76,7 @@ def main():
                 os.killpg(process.pid, number)
             code = process.wait()
             saved = result(run)["global_step"] if (run / "checkpoints" / "last.ckpt").exists() else "none"
-            # Killed before it had a folder, a run is simply started again.
+            # A run that was killed before it had a folder is started again.
             known = (run / ".hydra" / "overrides.yaml").exists()
             again = [f"resume={run}"] if known else [*overrides, f"hydra.run.dir={run}"]
             ended = start(folder, *again).wait()
