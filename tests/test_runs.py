@@ -139,7 +139,7 @@ def test_held_out_labels_are_hidden_from_pretraining(tmp_path):
 def test_run_settings_write_to_one_folder_and_resume_nothing_by_default():
     run = RunSettings()
     assert (run.run_dir, run.seed, tuple(run.loggers), run.identity) == ("run", 0, (), None)
-    assert (run.resume, run.exact, run.rerun) == (False, True, False)
+    assert (run.resume, run.exact, run.rerun) == (None, True, False)
     with pytest.raises(FrozenInstanceError):
         run.seed = 1
 

@@ -85,10 +85,10 @@ def test_a_sweep_that_was_killed_goes_on_and_a_failing_run_stops_no_other(tmp_pa
     assert again.returncode == 1, again.stderr
     assert "Traceback" not in again.stderr
     assert done.stat().st_mtime_ns == before
-    assert "nothing is repeated" in (done.parent / "run.log").read_text()
+    assert "is finished and is not repeated" in (done.parent / "run.log").read_text()
     assert len(list(tmp_path.glob("sweeps/*/report.json"))) == 2
     logs = [file.read_text() for file in tmp_path.glob("sweeps/*/run.log")]
-    assert sum("going on after step" in text for text in logs) == 1
+    assert sum("continuing after step" in text for text in logs) == 1
     rows = table(tmp_path)
     assert [(row["optimizer.lr"], row["seed"]) for row in rows] == [
         ("0.004", "0"),
@@ -106,7 +106,7 @@ def test_a_sweep_that_was_killed_goes_on_and_a_failing_run_stops_no_other(tmp_pa
     # The good half, started once more, trains nothing.
     third = commands.run(tmp_path, "-m", "optimizer.lr=4e-3", "seed=0,1")
     assert third.returncode == 0, third.stderr
-    assert third.stdout.count("nothing is repeated") == 2
+    assert third.stdout.count("is finished and is not repeated") == 2
     assert "epoch 1" not in third.stdout
 
 
