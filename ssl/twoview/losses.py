@@ -1,8 +1,7 @@
 """Contrastive losses as pure functions of embeddings.
 
-Suffixes of names show shapes: N images or queries, D embedding size, K stored negatives, M columns of a similarity
-matrix. A loss is a scalar, the mean over rows. It is computed in at least fp32 with autocast off: fp16 and bf16 are
-upcast, float64 stays float64. Value and gradient are finite for temperatures of at least 1e-3, also for zero vectors.
+Suffixes: N images or queries, D embedding size, K stored negatives, M columns of a similarity matrix. Losses are means
+over rows in at least fp32, autocast off; values and gradients are finite from temperature 1e-3 on, also for zero rows.
 """
 
 import math
@@ -78,7 +77,7 @@ def nt_xent(
         partner = torch.arange(2 * n, device=z_a.device).roll(n)
         positive = similarity_MM.gather(1, partner[:, None]).squeeze(1)
         # Neither view i itself, nor its partner, nor a view of a known positive is a negative.
-        valid_MM = ~_positive_mask(same, n, z_a.device).repeat(2, 2)
+        valid_MM = ~positive_mask(same, n, z_a.device).repeat(2, 2)
         return info_nce_rows(positive, similarity_MM, valid_MM, temperature, variant, **parameters).mean()
 
 
@@ -179,7 +178,7 @@ def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"batch_nce needs two [N, D] tensors of one shape, not {list(q.shape)} and {list(k.shape)}")
     with torch.autocast(q.device.type, enabled=False):
         similarity_NN = l2_normalize(q) @ l2_normalize(k).T
-        valid_NN = ~_positive_mask(None, len(q), q.device)
+        valid_NN = ~positive_mask(None, len(q), q.device)
         return info_nce_rows(similarity_NN.diagonal(), similarity_NN, valid_NN, temperature).mean()
 
 
@@ -209,7 +208,7 @@ def sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float) -> Ten
     with torch.autocast(z_a.device.type, enabled=False):
         z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
         self_MM = torch.eye(len(z_2ND), dtype=torch.bool, device=z_a.device)
-        positives_MM = _positive_mask(labels, len(labels), z_a.device).repeat(2, 2) & ~self_MM
+        positives_MM = positive_mask(labels, len(labels), z_a.device).repeat(2, 2) & ~self_MM
         logits_MM = (z_2ND @ z_2ND.T / temperature).masked_fill(self_MM, -math.inf)
         log_p_MM = logits_MM - logits_MM.logsumexp(1, keepdim=True)
         return -(log_p_MM.masked_fill(~positives_MM, 0).sum(1) / positives_MM.sum(1)).mean()
@@ -237,8 +236,6 @@ def info_nce_rows(
       least ``exp(-1 / temperature)``; Chuang et al. 2020, arXiv:2007.00224, eq. 8.
     * "hard": "debiased" with negatives weighted by ``exp(beta s-)``; Robinson et al. 2021, arXiv:2010.04592, eq. 4.
 
-    A row without negatives has loss 0 and no gradient.
-
     Args:
         positive: ``[N]`` cosine similarity of each row to its positive.
         similarity: ``[N, M]`` cosine similarities.
@@ -250,7 +247,7 @@ def info_nce_rows(
         beta: parameter of "hard", >= 0.
 
     Returns:
-        ``[N]`` losses in the dtype of ``similarity``.
+        ``[N]`` losses in the dtype of ``similarity``; a row without negatives has loss 0 and no gradient.
 
     Raises:
         ValueError: a parameter out of range, or an unknown variant.
@@ -341,8 +338,12 @@ def _log_debiased(log_mean: Tensor, s_positive: Tensor, tau_plus: float, floor: 
     return torch.where(above_zero, log_mean + shrink - math.log1p(-tau_plus), floor).clamp(min=floor)
 
 
-def _positive_mask(same: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """Boolean ``[N, N]`` mask of the diagonal and the known positives, given as ids, as a mask, or not at all."""
+def positive_mask(same: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """Boolean ``[N, N]`` mask of the diagonal and the known positives, given as ids, as a mask, or not at all.
+
+    >>> positive_mask(torch.tensor([3, 3, -1]), 3, torch.device("cpu")).sum(1)
+    tensor([2, 2, 1])
+    """
     diagonal = torch.eye(n, dtype=torch.bool, device=device)
     if same is None:
         return diagonal

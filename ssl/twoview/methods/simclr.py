@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from twoview.errors import require
-from twoview.losses import Variant, VariantParameters, chance_level, nt_xent
+from twoview.losses import Variant, VariantParameters, chance_level, nt_xent, positive_mask
 from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
 
 
@@ -65,8 +65,7 @@ class SimCLR(Method):
         z_a, z_b = gathered(*encoded.embeddings)
         same, negatives = None, torch.tensor(2 * len(z_a) - 2)
         if self.same == "labels" and labels is not None:
-            (same,) = gathered(labels)
-            alike = (same[:, None] == same) & (same >= 0)
-            negatives = 2 * (~alike).fill_diagonal_(False).sum(1)
+            same = positive_mask(gathered(labels)[0], len(z_a), z_a.device)
+            negatives = 2 * (~same).sum(1)
         loss = nt_xent(z_a, z_b, self.temperature, variant=self.variant, same=same, **self.variant_parameters)
         return in_batch_step(encoded, loss, z_a, z_b, chance_level(negatives, self.variant))
