@@ -155,6 +155,7 @@ def _train(encoder: Encoder, positions: Tensor, lr: float, how: Supervised) -> E
     bf16 = choose_precision("auto", encoder.network, device) == "bf16-mixed"
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed((how.seed, 1)))
+        # Loading an image draws from torch's generator: encoder.width instead would initialize another classifier.
         width = encoder.feature_matrix(train.subset(positions[:1])).shape[1]
         network = nn.Sequential(copy.deepcopy(encoder.network), nn.Linear(width, len(how.images.classes)))
         network.to(device).to(memory_format=torch.channels_last).train()

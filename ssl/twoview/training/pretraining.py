@@ -100,8 +100,9 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     _check_devices(trainer, method, images)
     conditions = _conditions(trainer, settings, images, run)
     batch = images.batch_size * settings.accumulate
-    fixed: dict[str, Any] = {"card": card, "conditions": conditions, "skip_nonfinite": settings.skip_nonfinite}
-    module = Pretraining(method, views, recipe.optimizer, recipe.schedule, batch, **fixed)
+    module = Pretraining(
+        method, views, recipe.optimizer, recipe.schedule, batch, card, conditions, settings.skip_nonfinite
+    )
     module.on_step_boundary = signals.stop_if_asked
     return Prepared(encoder, images, views, conditions, module, trainer, run)
 
@@ -176,10 +177,20 @@ def _feature_check(
 
 
 def _card(architecture: dict[str, Any], method: Method, images: ImageData, seed: int) -> ModelCard:
-    sizes = (images.image_size, images.channels, images.pretrain.size)
-    mean, std = map(tuple, images.mean_std)
-    facts: tuple[Any, ...] = (images.name, tuple(images.classes), seed, versions())
-    return ModelCard(type(method).__name__, architecture, *sizes, mean, std, *facts)
+    mean, std = images.mean_std
+    return ModelCard(
+        method=type(method).__name__,
+        backbone=architecture,
+        image_size=images.image_size,
+        channels=images.channels,
+        store_size=images.pretrain.size,
+        mean=tuple(mean),
+        std=tuple(std),
+        data=images.name,
+        classes=tuple(images.classes),
+        seed=seed,
+        versions=versions(),
+    )
 
 
 def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> None:
