@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch import nn
+from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 

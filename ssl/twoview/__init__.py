@@ -9,18 +9,13 @@ try:
 except PackageNotFoundError:  # run from a clone without installation
     __version__ = "0+unknown"
 
-_HOMES = {
-    "Encoder": "twoview.encoder",
-    "ModelCard": "twoview.encoder",
-    "MomentumCopy": "twoview.momentum",
-    "NegativeQueue": "twoview.negatives",
-    "load": "twoview.encoder",
-}
+_MODULES = {"MomentumCopy": "twoview.momentum", "NegativeQueue": "twoview.negatives"}
+_MODULES |= dict.fromkeys(("Encoder", "ModelCard", "load"), "twoview.encoder")
 __all__ = ["Encoder", "ModelCard", "MomentumCopy", "NegativeQueue", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `python train.py --help` and a mistyped knob should not wait for torch.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'twoview' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from twoview.errors import UserError, require
+from twoview.errors import UserError, require, require_at_least, require_choice
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def create_backbone(
         options = {**defaults, **options}
     if not timm.is_model(name):
         raise UserError(f"backbone.name={name}: timm has no such network; {_nearest(name)}")
-    require(stem in get_args(Stem), f"backbone.stem={stem}: choose one of {', '.join(get_args(Stem))}")
-    require(in_chans >= 1, f"data.channels={in_chans}: must be at least 1")
+    require_choice("backbone", get_args(Stem), stem=stem)
+    require_at_least("data", 1, channels=in_chans)
     small = stem == "auto" and image_size <= SMALL_IMAGE and not (weights or pretrained)
     network, patches = _build(name, in_chans, image_size, pretrained, small, options)
     if stem == "auto":
@@ -148,15 +148,12 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
     try:
         features = network.eval()(torch.zeros(2, in_chans, image_size, image_size))
     except Exception as error:
-        raise UserError(
-            f"data.image_size={image_size}: {name} cannot run on images of {in_chans}x{image_size}x{image_size} "
-            f"({str(error).splitlines()[0]}); choose another data.image_size, backbone.name or backbone.options"
-        ) from error
+        message = f"{name} cannot run on {in_chans}x{image_size}x{image_size} pixels ({str(error).splitlines()[0]})"
+        raise UserError(f"data.image_size={image_size}: {message}; choose another size or network") from error
     finally:
         network.train(was_training)
     shape = list(features.shape)
-    if len(shape) != 2:
-        raise UserError(f"backbone.name={name}: its features have shape {shape}, not [N, F]; choose another network")
+    require(len(shape) == 2, f"backbone.name={name}: its features have shape {shape}, not [N, F]; choose another")
     return int(shape[1])
 
 
@@ -184,10 +181,8 @@ def _build(
         try:
             return timm.create_model(name, **arguments, **size), {k: v for k, v in size.items() if k == "patch_size"}
         except OSError as error:
-            raise UserError(
-                f"backbone.pretrained=true: the published weights of {name} could not be downloaded ({error}); "
-                "check the connection, or give a local file as backbone.weights=FILE"
-            ) from error
+            message = f"the weights of {name} could not be downloaded ({error}); give a file as backbone.weights=FILE"
+            raise UserError(f"backbone.pretrained=true: {message}") from error
         except Exception as error:  # the constructor does not accept img_size or patch_size, or not this value
             if size:
                 continue
@@ -215,12 +210,9 @@ def _load_weights(network: nn.Module, file: Path, partial: bool) -> None:
     matching = _best_match(found, wanted)
     missing = [key for key in wanted if key not in matching]
     log.info("backbone.weights=%s: %d of %d tensors matched", file, len(matching), len(wanted))
-    if missing and not (partial and matching):
-        raise UserError(
-            f"backbone.weights={file}: {len(matching)} of {len(wanted)} tensors of the network matched "
-            f"(missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); choose the network of these "
-            "weights, or backbone.partial_weights=true to initialize the others at random"
-        )
+    found_all = f"{len(matching)} of {len(wanted)} tensors of the network matched (missing: {', '.join(missing[:3])})"
+    advice = "choose the network of these weights, or backbone.partial_weights=true to keep the others at random"
+    require(not missing or (partial and matching), f"backbone.weights={file}: {found_all}; {advice}")
     network.load_state_dict(matching, strict=False)
 
 

@@ -111,6 +111,11 @@ class Encoder(nn.Module):
         blank = torch.zeros(1, self.card.channels, self.card.image_size, self.card.image_size)
         return self.apply_network(blank).shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where features are computed; move the encoder with ``to``."""
+        return self.preprocess.mean.device
+
     def forward(self, images: Tensor | Image.Image | Iterable[Tensor | Image.Image]) -> Tensor:
         """Features of images.
 
@@ -159,12 +164,11 @@ class Encoder(nn.Module):
         Returns:
             fp32 ``[N, F]`` on the device of the encoder.
         """
-        device = self.preprocess.mean.device
         modes = {module: module.training for module in self.network.modules()}
         self.network.eval()
         try:
-            with torch.autocast(device.type, enabled=False):
-                features: Tensor = self.network(pixels.to(device, memory_format=torch.channels_last))
+            with torch.autocast(self.device.type, enabled=False):
+                features: Tensor = self.network(pixels.to(self.device, memory_format=torch.channels_last))
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -255,10 +259,9 @@ def _from_checkpoint(content: Mapping[str, Any], card: ModelCard) -> Encoder:
         network, _ = create_backbone(**card.backbone)
         network.load_state_dict({k.removeprefix(PREFIX): v for k, v in tensors if k.startswith(PREFIX)}, strict=True)
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"checkpoint={content['path']}: its weights do not fit {card.backbone['name']} as this version of timm "
-            f"builds it ({str(error).splitlines()[-1].strip()}); use the timm of the run, {card.versions.get('timm')}"
-        ) from error
+        message = f"its weights do not fit this timm's {card.backbone['name']} ({str(error).splitlines()[-1].strip()})"
+        advice = f"use the timm of the run, {card.versions.get('timm')}"
+        raise UserError(f"checkpoint={content['path']}: {message}; {advice}") from error
     return Encoder(network.eval(), card, content["path"])
 
 
@@ -272,10 +275,8 @@ def _from_timm(source: str, image_size: int | None, channels: int, weights: str 
     if image_size is None:
         raise UserError(f"checkpoint={source}: give data.image_size=N, the pixels that it is built for")
     try:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            published = kind == "timm" and weights is None
-            network, _ = create_backbone(name, channels, image_size, weights=weights, pretrained=published)
+        arguments = {"name": name, "in_chans": channels, "image_size": image_size, "weights": weights}
+        network = at_random({**arguments, "pretrained": kind == "timm" and weights is None}, seed)
     except UserError as error:  # name the knobs of this task instead of those of pretraining
         message = str(error).replace("backbone.pretrained=true", f"checkpoint={source}")
         raise UserError(message.replace("backbone.weights", "weights")) from error

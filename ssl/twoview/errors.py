@@ -1,4 +1,6 @@
-"""Exceptions shown to users without a traceback."""
+"""Exceptions shown to users without a traceback, and the checks that raise them."""
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -21,6 +23,38 @@ def require(condition: object, message: str) -> None:
     """
     if not condition:
         raise UserError(message)
+
+
+def require_choice(group: str, choices: Sequence[str], **knobs: str) -> None:
+    """Raise :class:`UserError` unless each knob of a group is one of the choices.
+
+    Example:
+        >>> require_choice("augment", ("bilinear", "bicubic"), interpolation="bicubic")
+    """
+    for knob, value in knobs.items():
+        require(value in choices, f"{group}.{knob}={value}: choose one of {', '.join(choices)}")
+
+
+def require_at_least(group: str, least: int, **knobs: int | None) -> None:
+    """Raise :class:`UserError` unless each knob of a group is a whole number, at least ``least``, or None.
+
+    Example:
+        >>> require_at_least("trainer", 1, devices=2, max_steps=None)
+    """
+    for knob, value in knobs.items():
+        fits = value is None or (isinstance(value, int) and value >= least)
+        require(fits, f"{group}.{knob}={value}: give a whole number, at least {least}")
+
+
+def require_positive(group: str, **knobs: Sequence[float]) -> None:
+    """Raise :class:`UserError` unless each knob of a group is a list of numbers above 0.
+
+    Example:
+        >>> require_positive("eval", k=[1, 5], temperature=[0.07])
+    """
+    for knob, values in knobs.items():
+        positive = values and all(isinstance(v, int | float) and v > 0 for v in values)
+        require(positive, f"{group}.{knob}={list(values)}: give one or more numbers above 0")
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)

@@ -1,10 +1,19 @@
 """Writing files so that a killed process never leaves a partly written file."""
 
 import contextlib
+import csv
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows, the names of the columns first, as CSV, by :func:`write_atomically`."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def write_atomically(

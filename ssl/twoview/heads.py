@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from twoview.errors import UserError
+from twoview.errors import require, require_at_least
 
 
 def projection_head(
@@ -37,11 +37,8 @@ def projection_head(
         >>> projection_head(512, out_dim=64)(torch.zeros(4, 512)).shape
         torch.Size([4, 64])
     """
-    if layers not in (1, 2, 3):
-        raise UserError(f"head.layers={layers}: choose 1, 2 or 3")
-    for knob, value in (("hidden_dim", hidden_dim), ("out_dim", out_dim)):
-        if value < 1:
-            raise UserError(f"head.{knob}={value}: must be at least 1")
+    require(layers in (1, 2, 3), f"head.layers={layers}: choose 1, 2 or 3")
+    require_at_least("head", 1, hidden_dim=hidden_dim, out_dim=out_dim)
     modules: list[nn.Module] = []
     widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
     for i in range(layers):

@@ -1,12 +1,12 @@
 """Momentum encoder: an exponential moving average of a network, used by MoCo and its successors."""
 
 import copy
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from twoview.errors import UserError
+from twoview.errors import require_choice
 
 Statistics = Literal["own", "average", "copy"]
 
@@ -36,8 +36,7 @@ class MomentumCopy(nn.Module):
 
     def __init__(self, module: nn.Module, statistics: Statistics = "own") -> None:
         super().__init__()
-        if statistics not in ("own", "average", "copy"):
-            raise UserError(f"method.statistics={statistics}: choose own, average or copy")
+        require_choice("method", get_args(Statistics), statistics=statistics)
         self.copy = copy.deepcopy(module).requires_grad_(False)
         self.statistics = statistics
         self._original = (module,)  # in a tuple, nn.Module does not register it

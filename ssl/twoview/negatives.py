@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from twoview.errors import UserError
+from twoview.errors import require_at_least
 
 
 class NegativeQueue(nn.Module):
@@ -28,22 +27,15 @@ class NegativeQueue(nn.Module):
         ([[1.0, 0.0], [0.0, 1.0]], [7, 8], 2)
     """
 
-    keys: Tensor
-    ids: Tensor
-    pushed_at: Tensor
-    filled: Tensor
-    cursor: Tensor
-    pushes: Tensor
-
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        if size < 1:
-            raise UserError(f"method.queue_size={size}: must be at least 1")
-        self.register_buffer("keys", torch.zeros(size, dim))
-        self.register_buffer("ids", torch.full((size,), -1))
-        self.register_buffer("pushed_at", torch.zeros(size, dtype=torch.int64))
-        for name in ("filled", "cursor", "pushes"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        require_at_least("method", 1, queue_size=size)
+        self.keys = nn.Buffer(torch.zeros(size, dim))
+        self.ids = nn.Buffer(torch.full((size,), -1))
+        self.pushed_at = nn.Buffer(torch.zeros(size, dtype=torch.int64))
+        self.filled = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.cursor = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.pushes = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
         """Number of filled slots."""
@@ -74,12 +66,12 @@ class NegativeQueue(nn.Module):
         size, dim = self.keys.shape
         if keys.ndim != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
             raise ValueError(f"push needs keys [N, {dim}] and ids [N], not {list(keys.shape)} and {list(ids.shape)}")
-        self.pushes += 1
+        self.pushes.add_(1)
         first = int(self.cursor) + max(0, len(keys) - size)
         self.cursor.fill_((int(self.cursor) + len(keys)) % size)
         keys, ids = keys[-size:], ids[-size:]
         slots = torch.arange(first, first + len(keys), device=self.keys.device) % size
-        self.keys[slots] = F.normalize(keys.to(self.keys.dtype), dim=1)
+        self.keys[slots] = nn.functional.normalize(keys.to(self.keys.dtype), dim=1)
         self.ids[slots] = ids.to(self.ids.device)
         self.pushed_at[slots] = self.pushes
         self.filled.fill_(min(size, len(self) + len(keys)))

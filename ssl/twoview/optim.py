@@ -9,7 +9,7 @@ from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from twoview.errors import UserError
+from twoview.errors import UserError, require, require_choice
 from twoview.schedules import scaled_lr
 
 
@@ -39,15 +39,12 @@ class OptimizerSettings:
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optimizer.lr={self.lr}: the learning rate must be above 0")
-        if not self.weight_decay >= 0:
-            raise UserError(f"optimizer.weight_decay={self.weight_decay}: must be at least 0")
-        if self.lr_scaling not in ("none", "linear", "sqrt"):
-            raise UserError(f"optimizer.lr_scaling={self.lr_scaling}: choose none, linear or sqrt")
-        if self.weight_decay == 0 and getattr(self.factory, "func", self.factory) is Lars:
-            # Lars of timm adapts only groups with weight decay; this is how it excludes biases and norm layers.
-            raise UserError("optimizer.weight_decay=0: LARS would be plain SGD; set it above 0, such as 1e-6")
+        require(self.lr > 0, f"optimizer.lr={self.lr}: the learning rate must be above 0")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: must be at least 0")
+        require_choice("optimizer", ("none", "linear", "sqrt"), lr_scaling=self.lr_scaling)
+        # Lars of timm adapts only groups with weight decay; this is how it excludes biases and norm layers.
+        adapts = self.weight_decay > 0 or getattr(self.factory, "func", self.factory) is not Lars
+        require(adapts, "optimizer.weight_decay=0: LARS would be plain SGD; set it above 0, such as 1e-6")
 
     def build(self, module: nn.Module, global_batch: int) -> Optimizer:
         """Create the optimizer of the parameters that require gradients, at the scaled learning rate.

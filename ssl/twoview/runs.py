@@ -14,11 +14,9 @@ from twoview.data import ImageData, fit_size
 from twoview.devices import pick_device
 from twoview.encoder import Encoder, load
 from twoview.errors import require
-from twoview.evaluation.compare import compare as compare_runs
-from twoview.evaluation.compare import comparison_tables
+from twoview.evaluation.compare import compare as compare_runs, comparison_tables
 from twoview.evaluation.evaluate import evaluate as evaluate_encoder
-from twoview.evaluation.finetune import FineTuning, Supervised
-from twoview.evaluation.finetune import finetune as finetune_encoder
+from twoview.evaluation.finetune import FineTuning, Supervised, finetune as finetune_encoder
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
 from twoview.files import write_atomically
 from twoview.optim import OptimizerSettings
@@ -32,8 +30,10 @@ __all__ = ["compare", "evaluate", "finetune", "knn", "linear_probe", "pretrain",
 
 log = logging.getLogger(__name__)
 
+Folder = str | Path
 Source = Encoder | str | Path
 Images = ImageData | Callable[..., ImageData]
+Report = dict[str, Any]  # the content of report.json
 SELECTABLE = ("val/linear_top1", "val/knn_top1")
 FULL = EvaluationSettings.from_knobs(parts=[name for name in MEASURES if name != "linear_sgd"])
 
@@ -44,7 +44,7 @@ def pretrain(
     trainer: TrainerSettings | None = None,
     settings: EvaluationSettings | None = EvaluationSettings(),  # noqa: B008 (frozen)
     run: RunSettings | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Pretrain a backbone without labels, then evaluate its features.
 
     A run that was stopped continues exactly: image order, augmentation, schedules and momentum are functions of seed
@@ -80,7 +80,7 @@ def pretrain(
     run_dir = Path(run.run_dir)
     holdout = (settings or EvaluationSettings()).holdout
     prepared = prepare(data, recipe or Recipe(), trainer or TrainerSettings(), run, holdout)
-    finished = None if run.rerun else finished_report(run_dir, prepared.conditions)
+    finished = None if run.rerun else finished_report(run_dir, prepared.module.conditions)
     if finished is not None:
         log.info("%s: this run is finished and is not repeated; rerun=true would repeat it", run_dir)
         return finished
@@ -93,7 +93,7 @@ def pretrain(
         report |= {"identity": run.identity, "data_fingerprint": images.fingerprint, "training": facts}
         if settings is None or images.train is None:
             return record.write(report, run_dir)
-        return _evaluate(report, prepared.encoder, images, prepared.views, settings, prepared.device)
+        return _evaluate(report, prepared.encoder.to(prepared.device), images, prepared.module.augment, settings)
 
 
 def evaluate(
@@ -102,9 +102,9 @@ def evaluate(
     settings: EvaluationSettings = FULL,
     augment: Callable[..., TwoViews] = TwoViews,
     seed: int = 0,
-    run_dir: str | Path = "run",
+    run_dir: Folder = "run",
     task: str = "evaluate",
-) -> dict[str, Any]:
+) -> Report:
     """Evaluate a backbone on labelled images, beside random initialization and raw pixels.
 
     Args:
@@ -132,16 +132,12 @@ def evaluate(
     """
     encoder, images = _open(encoder, data, seed)
     report = _begin(task, encoder, images, seed, Path(run_dir))
-    return _evaluate(report, encoder, images, _views(augment, encoder, images), settings, pick_device())
+    return _evaluate(report, encoder.to(pick_device()), images, _views(augment, encoder, images), settings)
 
 
 def linear_probe(
-    encoder: Source,
-    data: Images,
-    settings: EvaluationSettings | None = None,
-    seed: int = 0,
-    run_dir: str | Path = "run",
-) -> dict[str, Any]:
+    encoder: Source, data: Images, settings: EvaluationSettings | None = None, seed: int = 0, run_dir: Folder = "run"
+) -> Report:
     """:func:`evaluate` with the linear probes of the settings only.
 
     Example:
@@ -156,12 +152,8 @@ def linear_probe(
 
 
 def knn(
-    encoder: Source,
-    data: Images,
-    settings: EvaluationSettings | None = None,
-    seed: int = 0,
-    run_dir: str | Path = "run",
-) -> dict[str, Any]:
+    encoder: Source, data: Images, settings: EvaluationSettings | None = None, seed: int = 0, run_dir: Folder = "run"
+) -> Report:
     """:func:`evaluate` with k nearest neighbors only.
 
     Example:
@@ -183,8 +175,8 @@ def finetune(
     schedule: Callable[[float, float], float] = warmup_cosine,
     settings: FineTuning = FineTuning(),  # noqa: B008 (frozen)
     seed: int = 0,
-    run_dir: str | Path = "run",
-) -> dict[str, Any]:
+    run_dir: Folder = "run",
+) -> Report:
     """Train the whole network on labels and, for reference, the same network from random initialization.
 
     Args:
@@ -220,9 +212,7 @@ def finetune(
     return record.write(report | found | _test(images), run_dir)
 
 
-def compare(
-    runs: Sequence[str | Path], seed: int = 0, run_dir: str | Path = "run", resamples: int = 2000
-) -> dict[str, Any]:
+def compare(runs: Sequence[Folder], seed: int = 0, run_dir: Folder = "run", resamples: int = 2000) -> Report:
     """Compare finished runs on the same test images; differences from the first have paired bootstrap intervals.
 
     Args:
@@ -261,7 +251,7 @@ def preview(
     images: int = 8,
     pairs: int = 4,
     seed: int = 0,
-    run_dir: str | Path = "run",
+    run_dir: Folder = "run",
 ) -> Path:
     """Write ``views.png``: a row for each image, the original first, then pairs of its two views.
 
@@ -316,7 +306,7 @@ def _open(source: Source, data: Images, seed: int) -> tuple[Encoder, ImageData]:
     return encoder, data
 
 
-def _begin(task: str, encoder: Encoder, images: ImageData, seed: int, run_dir: Path) -> dict[str, Any]:
+def _begin(task: str, encoder: Encoder, images: ImageData, seed: int, run_dir: Path) -> Report:
     card = encoder.card
     report = record.begin(task, card.method, card.backbone, images.name, seed, run_dir)
     return report | ({"checkpoint": encoder.source} if encoder.source else {})
@@ -327,15 +317,10 @@ def _views(augment: Callable[..., TwoViews], encoder: Encoder, images: ImageData
 
 
 def _evaluate(
-    report: dict[str, Any],
-    encoder: Encoder,
-    images: ImageData,
-    views: TwoViews,
-    settings: EvaluationSettings,
-    device: torch.device,
-) -> dict[str, Any]:
+    report: Report, encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings
+) -> Report:
     run_dir = Path(report["run_dir"])
-    found, evidence = evaluate_encoder(encoder, images, views, settings, report["seed"], device)
+    found, evidence = evaluate_encoder(encoder, images, views, settings, report["seed"])
     files.write_evidence(evidence, images, run_dir)
     report = record.write(report | found | _test(images), run_dir)
     if report["task"] == "evaluate":
@@ -343,5 +328,5 @@ def _evaluate(
     return report
 
 
-def _test(images: ImageData) -> dict[str, Any]:
+def _test(images: ImageData) -> Report:
     return {"classes": images.classes, "test_fingerprint": images.test_fingerprint}

@@ -96,7 +96,7 @@ def test_broken_files_are_skipped_counted_and_listed(tmp_path, monkeypatch, capl
         "bomb.png",
     }
     assert "9 broken files" in caplog.text
-    with pytest.raises(UserError, match=r"9 of 22 files cannot be read, more than data.max_broken=0.01"):
+    with pytest.raises(UserError, match=r"9 of 22 files cannot be read .*raise data.max_broken=0.01"):
         load(tmp_path)
 
 
@@ -136,7 +136,7 @@ def test_labels_of_other_classes_than_those_of_the_test_are_ignored(tmp_path, ca
     albums = make_folder(tmp_path / "albums", ("2019", "2020"))
     flowers = make_folder(tmp_path / "flowers", ("rose", "tulip"))
     data = load(albums, eval_root=str(flowers))
-    assert "none in common, so data.root is taken as unlabelled" in caplog.text
+    assert "share no class, so data.root is taken as unlabelled" in caplog.text
     assert data.classes == ["rose", "tulip"]
     assert (len(data.pretrain), len(data.train), len(data.test)) == (24, 19, 5)
     make_folder(tmp_path / "more", ("rose", "lily"))

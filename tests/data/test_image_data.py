@@ -23,9 +23,9 @@ from twoview.data import (
     fit_size,
     folder,
     split_holdout,
-    split_labels,
     stl10,
 )
+from twoview.data.images import split_labels
 from twoview.data.splits import LoadSettings
 from twoview.errors import UserError
 

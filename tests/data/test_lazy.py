@@ -72,5 +72,5 @@ def test_a_dataset_that_is_already_normalized_is_refused():
         def __getitem__(self, i):
             return torch.randn(3, 20, 20), i
 
-    with pytest.raises(UserError, match="the first item of Normalized is neither an image nor a tuple.*not normalized"):
+    with pytest.raises(UserError, match="the first item of Normalized is not an image, or tuple.*not normalized"):
         from_dataset(Normalized(), image_size=16)

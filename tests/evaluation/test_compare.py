@@ -46,7 +46,7 @@ def test_runs_that_cannot_be_compared_are_refused(two_runs, finished, tmp_path):
     (tmp_path / "broken" / "report.json").write_text('{"task": ')
     for given, words in (
         ([two_runs / "a", tmp_path / "other"], "was evaluated on other test images"),
-        ([two_runs / "a", tmp_path / "empty"], "has no report.json with predictions.safetensors"),
+        ([two_runs / "a", tmp_path / "empty"], "no report.json with predictions.safetensors"),
         ([two_runs / "a", tmp_path / "broken"], "cannot be read"),
         ([two_runs / "a"], "give two or more"),
         (str(two_runs / "a"), "give two or more"),

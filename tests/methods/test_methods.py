@@ -151,7 +151,7 @@ def test_the_loss_applies_no_network(method):
         ({"sigma": 0}, "method.sigma=0"),
         ({"tau_plus": 1.0}, "method.tau_plus=1.0"),
         ({"beta": -1}, "method.beta=-1"),
-        ({"same": "ids"}, "method.same=ids: choose none or labels"),
+        ({"same": "ids"}, "method.same=ids: choose one of none, labels"),
         ({"bn": "shuffle"}, "method.bn=shuffle: choose one of plain, split, sync"),
         ({"bn": "split", "bn_groups": 1}, "method.bn_groups=1"),
         pytest.param(

@@ -14,7 +14,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        UserError, match="could not be written .*No space left.*checkpoints saved before are unchanged.*continue with"
+        UserError, match="could not be written .*No space left.*earlier checkpoints are unchanged.*continue with"
     ):
         io.save_checkpoint({"large": torch.zeros(10), "then": FullDisk()}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}

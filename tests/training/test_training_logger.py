@@ -46,7 +46,7 @@ def test_collapse_is_warned_of_once(tmp_path, caplog):
             return self.bias + 0 * x[:, :8]
 
     pretrain(tmp_path, head=lambda width: Constant(), settings=None)
-    assert caplog.text.count("The features are collapsing: all images get nearly the same") == 1
+    assert caplog.text.count("Collapse: nearly the same features for all images") == 1
 
 
 def test_a_collapsed_backbone_is_detected_behind_the_batchnorm_of_the_head(tmp_path, caplog):

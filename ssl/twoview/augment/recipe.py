@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from twoview.errors import require
+from twoview.errors import require, require_choice
 
 _PROBABILITIES = ("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p")
 
@@ -62,8 +62,7 @@ class ViewRecipe:
         jitter = list(self.jitter)
         possible = len(jitter) == 4 and all(x >= 0 for x in jitter) and jitter[3] <= 0.5
         require(possible, f"augment.jitter={jitter}: give brightness, contrast, saturation (>= 0), hue (0 to 0.5)")
-        known = self.interpolation in ("bilinear", "bicubic")
-        require(known, f"augment.interpolation={self.interpolation}: choose bilinear or bicubic")
+        require_choice("augment", ("bilinear", "bicubic"), interpolation=self.interpolation)
 
     def adjusted(self, channels: int, allow_flip: bool, min_crop_area: float) -> Self:
         """The recipe without the operations that do not suit the images.

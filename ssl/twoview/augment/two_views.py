@@ -43,9 +43,6 @@ class TwoViews(nn.Module):
         (torch.Size([4, 3, 24, 24]), torch.float32, False)
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         image_size: int,
@@ -58,8 +55,7 @@ class TwoViews(nn.Module):
         **recipe: Any,
     ) -> None:
         super().__init__()
-        fits = 0 <= min_crop_area <= 1
-        require(fits, f"data.min_crop_area={min_crop_area}: a share of the area lies between 0 and 1")
+        require(0 <= min_crop_area <= 1, f"data.min_crop_area={min_crop_area}: must lie in [0, 1]")
         self.image_size, self.channels = image_size, channels
         self.limits: dict[str, Any] = {"channels": channels, "allow_flip": allow_flip, "min_crop_area": min_crop_area}
         given = ViewRecipe(**recipe)
@@ -70,8 +66,8 @@ class TwoViews(nn.Module):
             log.debug("augment: recipe adjusted for these images %s: %s", self.limits, changes)
         self.operations_a = kornia_operations(recipe_a, image_size)
         self.operations_b = None if recipe_b == recipe_a else kornia_operations(recipe_b, image_size)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def with_recipe(self, **recipe: Any) -> Self:
         """Views of the same images by another recipe; arguments as for the constructor, which ``limits`` default to."""

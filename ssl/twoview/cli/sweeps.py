@@ -1,7 +1,5 @@
 """Runs of a sweep: processes of their own, and outcomes, stored as files because runs may be on other machines."""
 
-import csv
-import io
 import json
 import os
 import signal
@@ -17,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from twoview.cli.overrides import quoted, value_of
 from twoview.errors import require
-from twoview.files import write_atomically
+from twoview.files import write_atomically, write_csv
 
 # Environment variable that holds the folder of the outcomes, in every run of a sweep.
 VARIABLE = "TWOVIEW_SWEEP"
@@ -136,11 +134,9 @@ def summarize(folder: Path) -> int:
 
     runs = outcomes(folder)
     names, figures = [*runs[0]["overrides"], "seed"], [runs[0]["name"], "mean", "deviation"]
-    text = io.StringIO(newline="")
     keys = ("seed", "figure", "mean", "deviation", "mistake", "folder")
     rows = [[*run["overrides"].values(), *(run[key] for key in keys)] for run in runs]
-    csv.writer(text).writerows([[*names, *figures, "mistake", "folder"], *rows])
-    write_atomically(folder / "table.csv", text.getvalue())
+    write_csv(folder / "table.csv", [[*names, *figures, "mistake", "folder"], *rows])
     columns = [*names, *(rich.table.Column(name, justify="right") for name in figures)]
     table = rich.table.Table(*columns, title=f"{runs[0]['name']} of {len(runs)} runs")
     for values in dict.fromkeys(tuple(run["overrides"].values()) for run in runs):

@@ -3,32 +3,12 @@
 from twoview.data.decode import square
 from twoview.data.folder import folder
 from twoview.data.image_data import ImageData, from_dataset
-from twoview.data.images import Batch, Images, LazyImages, TensorImages, in_order, split_holdout, split_labels
+from twoview.data.images import Batch, Images, LazyImages, TensorImages, fixed_sample, in_order, split_holdout
 from twoview.data.named import cifar10, cifar100, digits, fake, stl10
 from twoview.data.parquet import parquet
 from twoview.data.preprocess import Preprocess, fit_channels, fit_size
 from twoview.data.webdataset import webdataset
 
-__all__ = [
-    "Batch",
-    "ImageData",
-    "Images",
-    "LazyImages",
-    "Preprocess",
-    "TensorImages",
-    "cifar10",
-    "cifar100",
-    "digits",
-    "fake",
-    "fit_channels",
-    "fit_size",
-    "folder",
-    "from_dataset",
-    "in_order",
-    "parquet",
-    "split_holdout",
-    "split_labels",
-    "square",
-    "stl10",
-    "webdataset",
-]
+__all__ = ["cifar10", "cifar100", "digits", "fake", "folder", "from_dataset", "parquet", "stl10", "webdataset"]
+__all__ += ["Batch", "ImageData", "Images", "LazyImages", "TensorImages"]
+__all__ += ["Preprocess", "fit_channels", "fit_size", "fixed_sample", "in_order", "split_holdout", "square"]

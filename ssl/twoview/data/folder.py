@@ -95,10 +95,8 @@ def _walk(root: Path) -> tuple[list[str], list[str | None], int]:
     labelled = None not in names and len(set(names)) > 1
     if labelled and {str(name).lower() for name in names} <= SPLIT_NAMES:
         inside = " and ".join(sorted({str(name) for name in names}))
-        raise UserError(
-            f"data.root={root}: holds the splits {inside}, not classes; give data.root={root / 'train'} and "
-            "data.eval_root=, the other one"
-        )
+        advice = f"give data.root={root / 'train'} and data.eval_root=, the other one"
+        raise UserError(f"data.root={root}: holds the splits {inside}, not classes; {advice}")
     return found, names if labelled else [None] * len(found), others
 
 
@@ -111,7 +109,7 @@ def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
             header, *cells = list(csv.reader(handle)) or [[]]
         columns = [column.strip().lower() for column in header]
         rows = [dict(zip(columns, (cell.strip() for cell in row), strict=False)) for row in cells if any(row)]
-        if not all(row.get("path") for row in rows) or "path" not in columns:
-            raise UserError(f"{knob}={file}: the first line must name the columns: path, and label if there are labels")
+        named = "path" in columns and all(row.get("path") for row in rows)
+        require(named, f"{knob}={file}: the first line must name the columns: path, and label if there are labels")
     require(rows, f"{knob}={file}: the list is empty")
     return [str(file.parent / row["path"]) for row in rows], [row.get("label") or None for row in rows]

@@ -161,10 +161,8 @@ def from_dataset(
             square(Items(given)[0], size, channels)
             int(first[1] if labelled else 0)
         except Exception as error:
-            raise UserError(
-                f"data: the first item of {type(given).__name__} is neither an image nor a tuple of one and its class "
-                f"number ({error}); give PIL images, uint8 arrays or tensors, or floats in [0, 1], not normalized"
-            ) from error
+            message = f"the first item of {type(given).__name__} is not an image, or tuple of image and class ({error})"
+            raise UserError(f"data: {message}; give PIL images, uint8, or floats in [0, 1], not normalized") from error
         labels = [int(given[i][1]) for i in range(len(given))] if labelled else [-1] * len(given)
         return LazyImages(Items(given), torch.tensor(labels), size, channels, num_workers)
 

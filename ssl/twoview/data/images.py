@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from twoview.data.decode import square
-from twoview.errors import UserError
+from twoview.errors import UserError, require
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class TensorImages(Dataset[Batch]):
     known_statistics: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4 or self.pixels.shape[2] != self.pixels.shape[3]:
-            raise UserError(f"images must be uint8 [N, C, S, S], not {self.pixels.dtype} {list(self.pixels.shape)}")
-        if len(self.labels) != len(self.pixels):
-            raise UserError(f"{len(self.pixels)} images with {len(self.labels)} labels: give one label per image")
+        dtype, shape, labels = self.pixels.dtype, list(self.pixels.shape), len(self.labels)
+        fits = dtype == torch.uint8 and len(shape) == 4 and shape[2] == shape[3]
+        require(fits, f"images must be uint8 [N, C, S, S], not {dtype} {shape}")
+        require(labels == shape[0], f"{shape[0]} images with {labels} labels: give one label per image")
         self.channels, self.size = self.pixels.shape[1:3]
 
     num_workers = 0  # indexing a tensor needs no loader process
@@ -220,6 +220,11 @@ def split_holdout(labels: Tensor, share: float, seed: int, knob: str = "eval.hol
         return split_labels(labels, share, seed)
     except ValueError as error:
         raise UserError(f"{knob}={share}: cannot hold out that share of {len(labels)} labels ({error})") from error
+
+
+def fixed_sample(size: int, limit: int) -> Tensor:
+    """Positions of at most ``limit`` of ``size`` images, int64, in a fixed random order: files are sorted by class."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 def in_order(images: Images, batch_size: int = 512) -> DataLoader[Batch]:

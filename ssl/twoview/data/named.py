@@ -11,7 +11,7 @@ import torch
 from twoview.data.image_data import ImageData
 from twoview.data.images import TensorImages
 from twoview.data.preprocess import fit_channels, fit_size, stored_size
-from twoview.errors import UserError, require
+from twoview.errors import UserError, require, require_at_least
 
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
@@ -50,7 +50,7 @@ def fake(
         images: number of training images; there are a quarter as many test images.
         classes: number of classes, at least 2.
     """
-    require(classes >= 2, f"data.classes={classes}: must be at least 2")
+    require_at_least("data", 2, classes=classes)
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> TensorImages:
@@ -121,9 +121,8 @@ def _load(name: str, root: str | Path, download: bool, **which: Any) -> Any:
         urllib.request.urlopen(kind.url, timeout=10).close()
         return kind(root, download=True, **which)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"data.root={root}: {name} is not there and could not be downloaded from {kind.url} ({error}); {advice}"
-        ) from error
+        message = f"{name} is not there and could not be downloaded from {kind.url} ({error})"
+        raise UserError(f"data.root={root}: {message}; {advice}") from error
 
 
 def _resized(pixels: np.ndarray, labels: Any, image_size: int, channels: int) -> TensorImages:

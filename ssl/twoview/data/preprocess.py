@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twoview.data.decode import luma, square
-from twoview.errors import require
+from twoview.errors import require, require_at_least
 
 
 def fit_size(pixels: Tensor, size: int) -> Tensor:
@@ -45,8 +45,7 @@ def fit_channels(pixels: Tensor, channels: int) -> Tensor:
         return pixels
     if (have, channels) == (1, 3):
         return pixels.expand(-1, 3, -1, -1).contiguous()
-    advice = "only 1 and 3 can be converted to each other"
-    require((have, channels) == (3, 1), f"data.channels={channels}: these images have {have}; {advice}")
+    require((have, channels) == (3, 1), f"data.channels={channels}: these images have {have}; only 1 and 3 convert")
     return torch.cat([luma(p).round().to(torch.uint8) for p in pixels.split(1024)])
 
 
@@ -56,7 +55,7 @@ def stored_size(image_size: int, store_size: int | None) -> int:
     Raises:
         UserError: a size is too small.
     """
-    require(image_size >= 8, f"data.image_size={image_size}: must be at least 8")
+    require_at_least("data", 8, image_size=image_size)
     size = store_size or round(1.15 * image_size)
     require(size >= image_size, f"data.store_size={store_size}: must be at least data.image_size={image_size}, or null")
     return size
@@ -72,16 +71,13 @@ class Preprocess(nn.Module):
         store_size: size in pixels that the short side is resized to before cropping; None for ``image_size``.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self, image_size: int, mean: Sequence[float], std: Sequence[float], store_size: int | None = None
     ) -> None:
         super().__init__()
         self.image_size, self.store_size = image_size, store_size or image_size
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+        self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor | Image.Image) -> Tensor:
         """Preprocess images.

@@ -84,10 +84,8 @@ def read_all(images: LazyImages, max_broken: float, knob: str, keep: bool) -> tu
         for name, reason in broken:
             log.warning("broken: %s (%s)", name, reason)
         first = "; ".join(f"{name} ({reason})" for name, reason in broken[:3])
-        raise UserError(
-            f"{knob}: {len(broken)} of {n} files cannot be read, more than data.max_broken={max_broken:g} allows "
-            f"(first: {first}); repair or remove them, or raise data.max_broken"
-        )
+        message = f"{len(broken)} of {n} files cannot be read (first: {first})"
+        raise UserError(f"{knob}: {message}; repair or remove them, or raise data.max_broken={max_broken:g}")
     _log_contents(chunks, images, len(broken), knob)
     readable = images.subset(torch.tensor([position for chunk in chunks for position in chunk.readable]))
     values = torch.from_numpy(np.concatenate([chunk.values for chunk in chunks]))

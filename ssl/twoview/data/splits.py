@@ -16,7 +16,7 @@ from twoview.data.image_data import ImageData
 from twoview.data.images import Images, LazyImages, split_labels
 from twoview.data.preprocess import stored_size
 from twoview.data.scan import read_all
-from twoview.errors import UserError, require
+from twoview.errors import require
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,9 @@ def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str
             # On the Hugging Face hub, file or folder names begin with the name of the split.
             parts = {part for file in files for part in Path(file).relative_to(where).parts}
             splits = {match[0] for part in parts if (match := re.match(r"train|test|valid|val", part))}
-            if len(splits) > 1:
-                raise UserError(
-                    f"{knob}={root}: this folder holds several splits ({', '.join(sorted(splits))}); give a pattern "
-                    f"for one of them, such as {knob}={Path(where) / f'train*{suffixes[0]}'}"
-                )
+            message = f"this folder holds several splits ({', '.join(sorted(splits))}); give a pattern for one of them"
+            example = f"such as {knob}={Path(where) / f'train*{suffixes[0]}'}"
+            require(len(splits) < 2, f"{knob}={root}: {message}, {example}")
         else:
             files = [where] if os.path.isfile(where) else sorted(glob.glob(where, recursive=True))
         require(files, f"{knob}={root}: no {suffixes[0]} file there; give a file, a folder or a pattern with *")
@@ -145,10 +143,8 @@ def _compare_classes(found: dict[str, Split]) -> None:
     first, second = found.values()
     ours, theirs = ({name for name in split.class_names if name is not None} for split in (first, second))
     if ours and theirs and not ours & theirs:
-        log.warning(
-            "data: data.root has classes %s, data.eval_root %s: none in common, so data.root is taken as unlabelled",
-            *(", ".join(sorted(names)[:3]) for names in (ours, theirs)),
-        )
+        message = "data: data.root (%s) and data.eval_root (%s) share no class, so data.root is taken as unlabelled"
+        log.warning(message, *(", ".join(sorted(names)[:3]) for names in (ours, theirs)))
         found["data.root"] = Split(first.source, [None] * len(first.class_names))
     elif ours and theirs - ours:
         log.warning("data: data.root has no images of the test classes %s", ", ".join(sorted(theirs - ours)[:5]))

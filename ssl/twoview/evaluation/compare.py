@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from twoview.errors import UserError
+from twoview.errors import UserError, require
 from twoview.evaluation.probe import bootstrap
 from twoview.evaluation.settings import MEASURES
 from twoview.evaluation.tables import Table, number, percent, side_by_side, with_interval
@@ -48,25 +48,21 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
     Raises:
         UserError: too few runs, one that is not finished, or other test images.
     """
-    if isinstance(runs, str | Path) or len(runs) < 2:
-        raise UserError(f"runs={runs}: give two or more folders of finished runs, such as runs=[A,B]")
+    several = not isinstance(runs, str | Path) and len(runs) > 1
+    require(several, f"runs={runs}: give two or more folders of finished runs, such as runs=[A,B]")
     reports = [_read(Path(str(run)).expanduser()) for run in runs]
     first_report, first = reports[0]
     compared = []
     for run, (report, predictions) in zip(runs, reports, strict=True):
-        if report["test_fingerprint"] != first_report["test_fingerprint"]:
-            raise UserError(
-                f"runs: {run} was evaluated on other test images ({report['data']}) than {runs[0]} "
-                f"({first_report['data']}), or at another data.image_size; evaluate both on the same"
-            )
+        message = f"{run} was evaluated on other test images than {runs[0]}, or at another data.image_size"
+        equal = report["test_fingerprint"] == first_report["test_fingerprint"]
+        require(equal, f"runs: {message}; evaluate both on the same ({report['data']}, {first_report['data']})")
         differences = {}
         for probe in predictions.keys() & first.keys() - {"labels"}:
             right, before = (p[probe] == p["labels"] for p in (predictions, first))
             paired = right.double() - before.double()
-            differences[probe] = {
-                "difference": float(paired.mean()),
-                "interval": bootstrap(paired.numpy(), resamples, seed),
-            }
+            interval = bootstrap(paired.numpy(), resamples, seed)
+            differences[probe] = {"difference": float(paired.mean()), "interval": interval}
         kept = {key: report[key] for key in ("method", "backbone", "data", "seed", "commit", "results")}
         compared.append({"folder": str(run), **kept, "differences": differences})
     return {**{key: first_report[key] for key in ("data", "backbone", "test_fingerprint")}, "runs": compared}
@@ -90,17 +86,12 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
             paired = run["differences"]
             differences[name] = {titles[probe]: _points(paired[probe]) for probe in titles if probe in paired}
     folders = "\n".join(f"{place}. {run['folder']}" for place, run in enumerate(comparison["runs"], 1))
-    note = (
-        "In brackets 95 % intervals by bootstrap. Effective rank compares runs of one method only, alignment runs that "
-        "were evaluated with the same augment."
-    )
-    note_on_differences = (
-        "In points of accuracy, with 95 % intervals by paired bootstrap over the same test images; an interval that "
-        "contains 0 is no significant difference. The spread over seeds is not included."
-    )
+    note = "In brackets 95 % intervals by bootstrap. Effective rank is comparable within one method only, and alignment"
+    note += " between evaluations with the same augment only."
+    paired_note = "In points of accuracy, with 95 % intervals by paired bootstrap over test images; not over seeds."
     return [
         side_by_side(f"{comparison['data']}: {len(columns)} runs", columns, f"{note}\n{folders}"),
-        side_by_side("Differences from the first run", differences, note_on_differences),
+        side_by_side("Differences from the first run", differences, paired_note),
     ]
 
 
@@ -118,10 +109,8 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not whole or not {"test_fingerprint", "results"} <= report.keys():
             raise ValueError("was written by another version")
     except FileNotFoundError as error:
-        raise UserError(
-            f"runs: {run} has no report.json with predictions.safetensors; give folders of finished runs, as "
-            "task=evaluate prints them"
-        ) from error
+        message = "no report.json with predictions.safetensors is there; give the folder of a finished run"
+        raise UserError(f"runs: {run}: {message}") from error
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"runs: the report in {run} cannot be read ({error}); evaluate it again") from error
     return report, predictions

@@ -12,7 +12,7 @@ from torch import Tensor
 from twoview.augment import TwoViews
 from twoview.data import ImageData, Images
 from twoview.encoder import Encoder
-from twoview.errors import UserError
+from twoview.errors import require
 from twoview.evaluation.cache import cached, key
 from twoview.evaluation.integrity import Shared, thumbnails
 from twoview.evaluation.measure import Inputs, Labelled, Measure
@@ -42,17 +42,16 @@ class Evidence:
 
 
 def evaluate(
-    encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings, seed: int, device: torch.device
+    encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings, seed: int
 ) -> tuple[dict[str, Any], Evidence]:
     """Take all measures of a network, and of its baselines.
 
     Args:
-        encoder: the network.
+        encoder: the network, on the device where everything is computed.
         images: with labelled training and test images.
         views: augmentation whose alignment is measured.
         settings: measures and how choices are made.
         seed: of every random draw.
-        device: where networks are computed.
 
     Returns:
         ``results``, for "trained" and each baseline the figures of each measure; ``protocol``, all settings;
@@ -71,7 +70,7 @@ def evaluate(
         ours, theirs = (
             small[split].pixels.flatten(1).float() / 255
             if network is None
-            else _features(network.to(device), source, images.batch_size, settings.cache)
+            else _features(network.to(encoder.device), source, images.batch_size, settings.cache)
             for split, source in (("train", train), ("test", test))
         )
         return Inputs(
@@ -88,7 +87,7 @@ def evaluate(
             holdout=settings.holdout,
             bootstrap=settings.bootstrap,
             seed=seed,
-            device=device,
+            device=encoder.device,
             batch_size=images.batch_size,
         )
 
@@ -102,7 +101,7 @@ def evaluate(
     networks = {"random initialisation": encoder.at_random(seed), "raw pixels": None} if settings.baselines else {}
     for name, network in networks.items():
         parts = (network and network.network, encoder.preprocess, train, test, views, settings, len(images.classes))
-        others = (seed, str(device), images.batch_size, images.allow_flip, images.min_crop_area)
+        others = (seed, str(encoder.device), images.batch_size, images.allow_flip, images.min_crop_area)
         results[name] = cached(settings.cache, partial(key, name, *parts, *others), partial(baseline, name, network))
     predictions = {name: p for name, p in chosen.items() if isinstance(p, Prediction)}
     report = {
@@ -146,9 +145,6 @@ def _features(encoder: Encoder, images: Images, batch_size: int, cache: str | No
     name = partial(key, encoder.network, encoder.preprocess, images)
     features = cached(cache, name, partial(encoder.feature_matrix, images, batch_size))
     bad = int((~features.isfinite()).any(1).sum())
-    if bad:
-        raise UserError(
-            f"checkpoint: {bad} of {len(features)} images get features that are not finite: training has diverged; "
-            "take an earlier checkpoint"
-        )
+    message = f"{bad} of {len(features)} images have features that are not finite; take an earlier checkpoint"
+    require(not bad, f"checkpoint: {message}")
     return features

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from twoview.errors import require
+from twoview.errors import require, require_at_least, require_positive
 from twoview.evaluation.logistic import feature_scale, fit_linear
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, require_at_least, require_positive
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
 from twoview.evaluation.probe import accuracy, linear_scores
 from twoview.evaluation.tables import Table, side_by_side, with_interval
 
@@ -49,11 +49,10 @@ class FewLabels(Measure):
     max_iterations: int = 1000
 
     def __post_init__(self) -> None:
-        require_positive(labels_per_class=self.labels_per_class, label_shares=self.label_shares)
-        require_at_least(2, draws=self.draws)
-        require_at_least(1, max_iterations=self.max_iterations)
-        shares = list(self.label_shares)
-        require(max(shares) < 1, f"eval.label_shares={shares}: give shares between 0 and 1")
+        require_positive("eval", labels_per_class=self.labels_per_class, label_shares=self.label_shares)
+        require_at_least("eval", 2, draws=self.draws)
+        require_at_least("eval", 1, max_iterations=self.max_iterations)
+        require(max(self.label_shares) < 1, f"eval.label_shares={list(self.label_shares)}: give shares between 0 and 1")
         require(self.few_label_l2 > 0, f"eval.few_label_l2={self.few_label_l2}: give a number above 0")
 
     def choose(self, inputs: Inputs, earlier: ByName) -> FewLabelPredictions:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from twoview.augment import TwoViews, derive_seed
 from twoview.data import ImageData, split_holdout
 from twoview.encoder import Encoder
-from twoview.errors import require
+from twoview.errors import require, require_at_least, require_positive
 from twoview.evaluation.few_labels import FewLabels, few_label_splits
 from twoview.evaluation.linear_sgd import shuffled
 from twoview.evaluation.probe import Prediction, score
@@ -55,12 +54,10 @@ class FineTuning:
     def __post_init__(self) -> None:
         for knob, value, high in (("label_share", self.label_share, 1.0), ("holdout", self.holdout, 0.99)):
             require(0 < value <= high, f"finetune.{knob}={value}: give a share above 0, up to {high:g}")
-        for knob, least in (("epochs", 1), ("least_steps", 0), ("batch_size", 2)):
-            value = getattr(self, knob)
-            require(value >= least, f"finetune.{knob}={value}: must be at least {least}")
-        rates = list(self.learning_rates)
-        positive = rates and all(lr > 0 for lr in rates)
-        require(positive, f"finetune.learning_rates={rates}: give one or more numbers above 0")
+        require_at_least("finetune", 1, epochs=self.epochs)
+        require_at_least("finetune", 2, batch_size=self.batch_size)
+        require_at_least("finetune", 0, least_steps=self.least_steps)
+        require_positive("finetune", learning_rates=self.learning_rates)
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def _train(encoder: Encoder, positions: Tensor, lr: float, how: Supervised) -> E
         for batch, progress, key in shuffled(train, positions, settings.batch_size, epochs, how.seed):
             view = how.views(batch.pixels.to(device), key)[0].to(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(network(view).float(), batch.labels.to(device))
+                loss = nn.functional.cross_entropy(network(view).float(), batch.labels.to(device))
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * how.schedule(progress * epochs, epochs)
             optimizer.zero_grad()

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from twoview import metrics
+from twoview.data import fixed_sample
+from twoview.errors import require_at_least
 from twoview.evaluation.invariance import augmented_features, mean_similarity
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, fixed_sample, require_at_least
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
 from twoview.evaluation.tables import Table, figures_table
 
 # Thresholds of the diagnosis: constant features and features of rank 1 and 3 fall below them, all runs in
@@ -35,7 +37,7 @@ class Geometry(Measure):
     shift_images: int = 1000
 
     def __post_init__(self) -> None:
-        require_at_least(2, shift_images=self.shift_images)
+        require_at_least("eval", 2, shift_images=self.shift_images)
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Figures:
         """All figures; none needs a label."""
@@ -45,16 +47,11 @@ class Geometry(Measure):
             pairs = augmented_features(inputs, images, inputs.views)
         return geometry_figures(inputs.train.features, pairs)
 
-    def score(self, chosen: Figures, inputs: Inputs, labels: Tensor) -> Figures:
-        """The figures of :meth:`choose`."""
-        return chosen
-
     def table(self, columns: ByName, report: ByName) -> Table:
         """Figures without the spectrum; the sentence of the diagnosis below."""
         words = next(iter(report["results"].values())).get(self.name, {}).get("words", "")
-        return figures_table(
-            "Geometry", columns, f"{words}.", hidden=("spectrum", "words", "effective_rank_rows", "spread")
-        )
+        hidden = ("spectrum", "words", "effective_rank_rows", "spread")
+        return figures_table("Geometry", columns, f"{words}.", hidden)
 
 
 def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) -> Figures:

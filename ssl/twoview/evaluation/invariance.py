@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twoview.augment import TwoViews
-from twoview.data import Images, in_order
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, fixed_sample, require_at_least
+from twoview.data import Images, fixed_sample, in_order
+from twoview.errors import require_at_least
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
 from twoview.evaluation.tables import Table, number, percent
 from twoview.losses import l2_normalize
 
@@ -52,7 +53,7 @@ class Invariance(Measure):
     shift_images: int = 1000
 
     def __post_init__(self) -> None:
-        require_at_least(2, shift_images=self.shift_images)
+        require_at_least("eval", 2, shift_images=self.shift_images)
 
     def applies(self, inputs: Inputs) -> bool:
         """Only to networks."""
@@ -102,10 +103,7 @@ class Invariance(Measure):
             shifts = [found["shifts"][place] for found in columns.values()]
             name = f"{shift['operation']} {shift['strength']:g}"
             rows.append([name, *(cell for x in shifts for cell in (number(x["invariance"]), percent(x["accuracy"])))])
-        note = (
-            "Invariance is 1 if an operation does not change the features, 0 if it changes them as much as taking "
-            "another image. Accuracy is that of the linear probe on augmented test images."
-        )
+        note = "Invariance is 1 for unchanged features and 0 for those of another image. Accuracy of the linear probe."
         return Table("Invariance", header, rows, note)
 
     def _positions(self, inputs: Inputs) -> Tensor:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from twoview.data import split_holdout
-from twoview.evaluation.measure import ByName, Inputs, Measure, require_choice, require_positive
-from twoview.evaluation.probe import Prediction, accuracy, selection_score
+from twoview.errors import require_choice, require_positive
+from twoview.evaluation.measure import ByName, Inputs, Measure
+from twoview.evaluation.probe import Prediction, choose_best
 from twoview.metrics import knn_neighbours, knn_vote
 
 
@@ -36,8 +35,8 @@ class KNN(Measure):
     class_weights: Literal["none", "balanced"] = "none"
 
     def __post_init__(self) -> None:
-        require_positive(k=self.k, temperature=self.temperature)
-        require_choice(("none", "balanced"), class_weights=self.class_weights)
+        require_positive("eval", k=self.k, temperature=self.temperature)
+        require_choice("eval", ("none", "balanced"), class_weights=self.class_weights)
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose k and temperature on held-out labels, then classify the test images by all training images."""
@@ -47,10 +46,8 @@ class KNN(Measure):
         similarity, position = knn_neighbours(fitted.features, held_out.features, max(numbers))
         grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]
         predicted = [knn_vote(similarity, votes, k, temperature, inputs.classes) for k, temperature in grid]
-        scores = [selection_score(guesses, held_out.labels, self.class_weights) for guesses in predicted]
-        best = int(np.argmax(scores))
+        best, val_top1 = choose_best(predicted, held_out.labels, self.class_weights)
         k, temperature = grid[best]
         similarity, position = knn_neighbours(train.features, inputs.test, k)
         classes = knn_vote(similarity, train.labels[position], k, temperature, inputs.classes)
-        val_top1 = accuracy(predicted[best], held_out.labels)
         return Prediction(classes, {"val_top1": val_top1, "k": k, "temperature": temperature})

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 
 from twoview.data import split_holdout
-from twoview.errors import require
-from twoview.evaluation import measure, probe
+from twoview.errors import require, require_at_least, require_choice, require_positive
+from twoview.evaluation import probe
 from twoview.evaluation.logistic import feature_scale, fit_linear
 from twoview.evaluation.measure import ByName, Inputs, Labelled, Measure
 from twoview.evaluation.probe import Prediction
@@ -40,11 +39,10 @@ class Linear(Measure):
     batch_norm: bool = True
 
     def __post_init__(self) -> None:
-        measure.require_positive(l2=self.l2)
-        measure.require_at_least(1, max_iterations=self.max_iterations)
-        measure.require_choice(("none", "balanced"), class_weights=self.class_weights)
-        smoothing = self.label_smoothing
-        require(0 <= smoothing < 1, f"eval.label_smoothing={smoothing}: give a number from 0 to below 1")
+        require_positive("eval", l2=self.l2)
+        require_at_least("eval", 1, max_iterations=self.max_iterations)
+        require_choice("eval", ("none", "balanced"), class_weights=self.class_weights)
+        require(0 <= self.label_smoothing < 1, f"eval.label_smoothing={self.label_smoothing}: must lie in [0, 1)")
 
     @property
     def name(self) -> str:
@@ -60,13 +58,11 @@ class Linear(Measure):
         """Choose the penalty on held-out labels, fit on all training labels, and classify the test images."""
         train = inputs.train
         fitted, held_out = (train.at(part) for part in split_holdout(train.labels, inputs.holdout, inputs.seed))
-        grid = sorted(self.l2, reverse=True)  # of a tie, the strongest penalty is chosen
+        grid = sorted(self.l2, reverse=True)  # of equally accurate penalties, the strongest is chosen
         probes, _ = self._fit(fitted, grid, inputs.classes)
         predicted = [probe.linear_scores(one, held_out.features).argmax(1) for one in probes]
-        scores = [probe.selection_score(guesses, held_out.labels, self.class_weights) for guesses in predicted]
-        best = int(np.argmax(scores))
+        best, val_top1 = probe.choose_best(predicted, held_out.labels, self.class_weights)
         probes, converged = self._fit(train, grid[best : best + 1], inputs.classes)
-        val_top1 = probe.accuracy(predicted[best], held_out.labels)
         chosen = {"val_top1": val_top1, "l2": grid[best], "converged": converged}
         return probe.linear_prediction(probes[0], inputs.test, chosen)
 

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from twoview.augment import derive_seed
 from twoview.data import Batch, Images, split_holdout
+from twoview.errors import require_at_least, require_positive
 from twoview.evaluation.invariance import IDENTITY
-from twoview.evaluation.measure import ByName, Inputs, Measure, require_at_least, require_positive
+from twoview.evaluation.measure import ByName, Inputs, Measure
 from twoview.evaluation.probe import Prediction, linear_prediction
 from twoview.schedules import cosine_ramp
 
@@ -42,8 +43,8 @@ class LinearSGD(Measure):
     sgd_batch_size: int = 256
 
     def __post_init__(self) -> None:
-        require_positive(sgd_lr=self.sgd_lr)
-        require_at_least(1, sgd_epochs=self.sgd_epochs, sgd_batch_size=self.sgd_batch_size)
+        require_positive("eval", sgd_lr=self.sgd_lr)
+        require_at_least("eval", 1, sgd_epochs=self.sgd_epochs, sgd_batch_size=self.sgd_batch_size)
 
     def applies(self, inputs: Inputs) -> bool:
         """Only to networks."""

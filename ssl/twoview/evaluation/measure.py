@@ -1,6 +1,6 @@
 """Interface of a measure of features: choose without test labels, then score with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from twoview.augment import TwoViews
 from twoview.data import Images
 from twoview.encoder import Encoder
-from twoview.errors import require
 from twoview.evaluation.tables import Table
 
 Figures = dict[str, Any]  # plain values by name, as in a report
@@ -108,14 +107,14 @@ class Measure:
         return None
 
     def score(self, chosen: Any, inputs: Inputs, labels: Tensor) -> Figures:
-        """Figures for the report.
+        """Figures for the report; by default those that :meth:`choose` has returned, for measures without labels.
 
         Args:
             chosen: result of :meth:`choose`.
             inputs: features and images.
             labels: int64 ``[T]`` of the test images.
         """
-        raise NotImplementedError
+        return dict(chosen)
 
     def table(self, columns: ByName, report: ByName) -> Table | None:
         """Table of the figures, or None.
@@ -125,27 +124,3 @@ class Measure:
             report: the whole report.
         """
         return None
-
-
-def fixed_sample(size: int, limit: int) -> Tensor:
-    """Positions of at most ``limit`` of ``size`` images in a fixed random order."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
-
-
-def require_positive(**knobs: Sequence[float]) -> None:
-    """Raise UserError unless each knob of ``eval`` is a list of numbers above 0."""
-    for knob, values in knobs.items():
-        positive = values and all(isinstance(v, int | float) and v > 0 for v in values)
-        require(positive, f"eval.{knob}={list(values)}: give one or more numbers above 0")
-
-
-def require_at_least(least: int, **knobs: int) -> None:
-    """Raise UserError unless each knob of ``eval`` is at least ``least``."""
-    for knob, value in knobs.items():
-        require(value >= least, f"eval.{knob}={value}: must be at least {least}")
-
-
-def require_choice(choices: Sequence[str], **knobs: str) -> None:
-    """Raise UserError unless each knob of ``eval`` is among ``choices``."""
-    for knob, value in knobs.items():
-        require(value in choices, f"eval.{knob}={value}: choose from {', '.join(choices)}")

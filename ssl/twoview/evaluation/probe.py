@@ -1,6 +1,6 @@
 """Predictions of probes and their scores."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,9 +77,8 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     """
     if len(values) < 2:
         return [float(values.mean())] * 2
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, batch=64, method="percentile", rng=np.random.default_rng(seed)
-    )
+    rng = np.random.default_rng(seed)
+    found = stats.bootstrap((values,), np.mean, n_resamples=resamples, batch=64, method="percentile", rng=rng)
     return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
@@ -88,11 +87,21 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).double().mean())
 
 
-def selection_score(predicted: Tensor, labels: Tensor, class_weights: str) -> float:
-    """Score to choose hyperparameters by: accuracy, or its mean over classes if ``class_weights`` is "balanced"."""
-    if class_weights == "none":
-        return accuracy(predicted, labels)
-    return float(np.mean([accuracy(predicted[labels == c], labels[labels == c]) for c in labels.unique()]))
+def choose_best(predicted: Sequence[Tensor], labels: Tensor, class_weights: str) -> tuple[int, float]:
+    """Choose hyperparameters by their predictions for held-out images.
+
+    Args:
+        predicted: int64 ``[N]`` classes for each choice of hyperparameters, the preferred one of equals first.
+        labels: int64 ``[N]``.
+        class_weights: "none" to choose by accuracy, "balanced" by the mean over classes of their accuracies.
+
+    Returns:
+        Position of the best choice, and its accuracy.
+    """
+    groups = [labels == c for c in labels.unique()] if class_weights == "balanced" else [labels >= 0]
+    scores = [np.mean([accuracy(guesses[group], labels[group]) for group in groups]) for guesses in predicted]
+    best = int(np.argmax(scores))
+    return best, accuracy(predicted[best], labels)
 
 
 def describe_choice(result: Mapping[str, Any]) -> str:

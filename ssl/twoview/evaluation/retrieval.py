@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from twoview import metrics
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, require_choice, require_positive
+from twoview.errors import require_choice, require_positive
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
 from twoview.evaluation.tables import Table, figures_table
 from twoview.losses import l2_normalize
 
@@ -32,8 +33,8 @@ class Retrieval(Measure):
     ranks: Sequence[int] = (1, 5, 10)
 
     def __post_init__(self) -> None:
-        require_choice(("leave_one_out", "gallery"), retrieval=self.retrieval)
-        require_positive(ranks=self.ranks)
+        require_choice("eval", ("leave_one_out", "gallery"), retrieval=self.retrieval)
+        require_positive("eval", ranks=self.ranks)
 
     def score(self, chosen: None, inputs: Inputs, labels: Tensor) -> Figures:
         """See :func:`retrieval_figures`."""

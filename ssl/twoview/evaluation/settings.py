@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from twoview.errors import require
+from twoview.errors import require, require_at_least, require_choice
 from twoview.evaluation.clustering import Clustering
 from twoview.evaluation.few_labels import FewLabels
 from twoview.evaluation.geometry import Geometry
@@ -14,7 +14,7 @@ from twoview.evaluation.invariance import Invariance
 from twoview.evaluation.knn import KNN
 from twoview.evaluation.linear import Linear
 from twoview.evaluation.linear_sgd import LinearSGD
-from twoview.evaluation.measure import Measure, require_at_least, require_choice
+from twoview.evaluation.measure import Measure
 from twoview.evaluation.retrieval import Retrieval
 
 # All measures in the order in which they are taken and reported. A new one is added here and nowhere else.
@@ -64,10 +64,9 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         require(self.measures, f"eval.parts=[]: choose one or more of {', '.join(MEASURES)}")
-        holdout = self.holdout
-        require(0 < holdout < 1, f"eval.holdout={holdout}: give a share of the training labels between 0 and 1")
-        require_at_least(100, bootstrap=self.bootstrap)
-        require_choice(("pca", "umap"), map=self.map)
+        require(0 < self.holdout < 1, f"eval.holdout={self.holdout}: give a share of the labels between 0 and 1")
+        require_at_least("eval", 100, bootstrap=self.bootstrap)
+        require_choice("eval", ("pca", "umap"), map=self.map)
         installed = self.map == "pca" or importlib.util.find_spec("umap")
         require(installed, 'eval.map=umap: is not installed; pip install "twoview[umap]"')
 
@@ -87,7 +86,7 @@ class EvaluationSettings:
             [5]
         """
         for part in parts:
-            require_choice(list(MEASURES), parts=part)
+            require_choice("eval", list(MEASURES), parts=part)
         known = {field.name for owner in (cls, *MEASURES.values()) for field in fields(owner)}  # type: ignore[arg-type]
         require(knobs.keys() <= known, f"eval.{', '.join(sorted(knobs.keys() - known))}: unknown; see --cfg job")
 

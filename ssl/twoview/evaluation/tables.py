@@ -50,6 +50,4 @@ def with_interval(share: float, interval: Sequence[float]) -> str:
 
 def number(value: float | int | str | None) -> str:
     """A float with three decimals, an integer or text unchanged, nothing for None."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

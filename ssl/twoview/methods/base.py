@@ -1,15 +1,15 @@
 """Interface of all methods: encode the views of a batch, compute a loss, and update state at two named points."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from twoview.backbones import sync_batch_norm
 from twoview.distributed import gather, rank_and_world
-from twoview.errors import UserError, require
-from twoview.losses import check_loss_arguments
+from twoview.errors import UserError, require, require_choice
+from twoview.losses import VariantParameters, check_loss_arguments
 from twoview.methods.groups import in_groups
 from twoview.metrics import in_batch_logs
 
@@ -55,9 +55,9 @@ class Step:
 class Method(nn.Module):
     """Base class: a backbone ``[N, C, H, W] -> [N, F]``, a head ``[N, F] -> [N, D]``, and a loss of their outputs.
 
-    Subclasses implement :meth:`encode` and :meth:`loss`. Neither changes state: state is updated in
-    :meth:`after_update` (once per optimizer step) and :meth:`after_batch` (once per batch). Losses see the embeddings
-    of all ranks.
+    Subclasses implement :meth:`loss`, and :meth:`encode` if they have further networks. Neither changes state: state is
+    updated in :meth:`after_update` (once per optimizer step) and :meth:`after_batch` (once per batch). Losses see the
+    embeddings of all ranks.
 
     Args:
         backbone: the network.
@@ -75,11 +75,10 @@ class Method(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module, bn: str = "plain", bn_groups: int = 2) -> None:
         super().__init__()
-        require(bn in self.bn_choices, f"method.bn={bn}: choose one of {', '.join(self.bn_choices)}")
+        require_choice("method", self.bn_choices, bn=bn)
         message = "must be at least 2; for one group choose method.bn=plain"
         require(bn_groups >= 2, f"method.bn_groups={bn_groups}: {message}")
-        possible = bn != "sync" or torch.cuda.is_available()
-        require(possible, "method.bn=sync: needs a GPU; on a CPU choose plain or split")
+        require(bn != "sync" or torch.cuda.is_available(), "method.bn=sync: needs a GPU; choose plain or split")
         self.bn, self.bn_groups = bn, bn_groups
         self.backbone = self.synced(backbone)
         self.head = self.synced(head)
@@ -109,12 +108,12 @@ class Method(nn.Module):
         return features[0].detach(), tuple(in_groups(self.head, features, self.groups))
 
     def encode(self, *views: Tensor) -> Encoded:
-        """Apply the networks. May be called on parts of a batch.
+        """Apply the networks: here backbone and head, to all views in one pass. May be called on parts of a batch.
 
         Args:
             views: V tensors ``[N, C, H, W]``; row i of each is a view of image i.
         """
-        raise NotImplementedError
+        return Encoded(*self.embed(*views))
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Compute the loss of a whole batch; applies no network.
@@ -168,15 +167,13 @@ def check_momentum(start: float, end: float | None) -> None:
         require(fits, f"method.{knob}={value}: must lie between 0 and 1, such as 0.99")
 
 
-def check_loss_knobs(
-    temperature: float, variant: str = "infonce", sigma: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0
-) -> None:
+def check_loss_knobs(temperature: float, variant: str = "infonce", **parameters: Unpack[VariantParameters]) -> None:
     """Refuse parameters that the losses cannot take.
 
     Raises:
         UserError: naming the knob, its value and what to do.
     """
     try:
-        check_loss_arguments(temperature, variant, sigma, tau_plus, beta)
+        check_loss_arguments(temperature, variant, **parameters)
     except ValueError as error:
         raise UserError(f"method.{error}") from None

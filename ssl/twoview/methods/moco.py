@@ -1,5 +1,7 @@
 """MoCo, He et al. 2020, arXiv:1911.05722 (v1), and Chen et al. 2020, arXiv:2003.04297 (v2): a queue of negatives."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +23,6 @@ class MoCo(Method):
         head: ``[N, F] -> [N, D]``; one linear layer in v1, two layers in v2.
         temperature: of InfoNCE, > 0; 0.07 in v1, 0.2 in v2.
         variant: of the loss, see :func:`twoview.losses.info_nce_rows`.
-        sigma: parameter of variant "dclw", > 0.
-        tau_plus: parameter of the variants "debiased" and "hard", in [0, 1).
-        beta: parameter of variant "hard", >= 0.
         queue_size: number K of stored keys. Stored keys of a query's own image are not used as its negatives.
         momentum: of the key encoder, in [0, 1].
         momentum_end: value at the end of the run, reached along a half cosine; None for a constant momentum.
@@ -32,6 +31,7 @@ class MoCo(Method):
         bn: "plain", "split", "sync" (see :class:`Method`), or "shuffle": as "split", but keys are regrouped over all
             ranks so that each of their groups holds images of all groups of the queries (v1, section 3.3).
         bn_groups: number G of groups of "split" and "shuffle", over all ranks.
+        **parameters: ``sigma``, ``tau_plus`` and ``beta`` of the variant, see :func:`twoview.losses.info_nce_rows`.
 
     Raises:
         UserError: a value out of range.
@@ -55,9 +55,6 @@ class MoCo(Method):
         head: nn.Module,
         temperature: float = 0.2,
         variant: Variant = "infonce",
-        sigma: float = 0.5,
-        tau_plus: float = 0.1,
-        beta: float = 1.0,
         queue_size: int = 65536,
         momentum: float = 0.999,
         momentum_end: float | None = None,
@@ -65,12 +62,13 @@ class MoCo(Method):
         statistics: Statistics = "own",
         bn: str = "plain",
         bn_groups: int = 2,
+        **parameters: Unpack[VariantParameters],
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature, variant, sigma, tau_plus, beta)
+        check_loss_knobs(temperature, variant, **parameters)
         check_momentum(momentum, momentum_end)
         self.temperature, self.variant, self.symmetric = temperature, variant, symmetric
-        self.variant_parameters: VariantParameters = {"sigma": sigma, "tau_plus": tau_plus, "beta": beta}
+        self.variant_parameters = parameters
         self.momentum, self.momentum_end = momentum, momentum if momentum_end is None else momentum_end
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         self.queue = NegativeQueue(queue_size, output_width(head))

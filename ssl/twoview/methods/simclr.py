@@ -1,11 +1,11 @@
 """SimCLR, Chen et al. 2020, arXiv:2002.05709."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from twoview.errors import require
+from twoview.errors import require_choice
 from twoview.losses import Variant, VariantParameters, chance_level, nt_xent, positive_mask
 from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
 
@@ -18,12 +18,10 @@ class SimCLR(Method):
         head: ``[N, F] -> [N, D]``.
         temperature: of NT-Xent, > 0; the paper uses 0.1 for batches of 4,096 images and 0.5 on CIFAR-10.
         variant: of the loss, see :func:`twoview.losses.info_nce_rows`.
-        sigma: parameter of variant "dclw", > 0.
-        tau_plus: parameter of the variants "debiased" and "hard", in [0, 1).
-        beta: parameter of variant "hard", >= 0.
         same: "labels" removes images with equal labels from each other's negatives; "none" keeps all.
         bn: see :class:`Method`.
         bn_groups: see :class:`Method`.
+        **parameters: ``sigma``, ``tau_plus`` and ``beta`` of the variant, see :func:`twoview.losses.info_nce_rows`.
 
     Raises:
         UserError: a value out of range.
@@ -37,28 +35,22 @@ class SimCLR(Method):
         (torch.Size([]), torch.Size([6, 16]), 2.3979)
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         backbone: nn.Module,
         head: nn.Module,
         temperature: float = 0.5,
         variant: Variant = "infonce",
-        sigma: float = 0.5,
-        tau_plus: float = 0.1,
-        beta: float = 1.0,
         same: Literal["none", "labels"] = "none",
         bn: str = "plain",
         bn_groups: int = 2,
+        **parameters: Unpack[VariantParameters],
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature, variant, sigma, tau_plus, beta)
-        require(same in ("none", "labels"), f"method.same={same}: choose none or labels")
+        check_loss_knobs(temperature, variant, **parameters)
+        require_choice("method", ("none", "labels"), same=same)
         self.temperature, self.variant, self.same = temperature, variant, same
-        self.variant_parameters: VariantParameters = {"sigma": sigma, "tau_plus": tau_plus, "beta": beta}
-
-    def encode(self, *views: Tensor) -> Encoded:
-        """All views in one pass, so that BatchNorm sees 2N images."""
-        return Encoded(*self.embed(*views))
+        self.variant_parameters = parameters
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Algorithm 1 of the paper."""

@@ -38,10 +38,6 @@ class SupCon(Method):
         check_loss_knobs(temperature)
         self.temperature = temperature
 
-    def encode(self, *views: Tensor) -> Encoded:
-        """All views in one pass, so that BatchNorm sees 2N images."""
-        return Encoded(*self.embed(*views))
-
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """L_out of the paper, eq. 2."""
         if labels is None:

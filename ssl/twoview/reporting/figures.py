@@ -158,11 +158,9 @@ def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: 
         axes = figure.subplots()
         for c, name in enumerate(classes):
             here = (labels == c).numpy()
-            style: dict[str, Any] = {
-                "color": colors(c if len(classes) <= 20 else c / len(classes)),
-                "label": _plain(name),
-            }
-            axes.scatter(points[here, 0], points[here, 1], s=5, alpha=0.7, linewidths=0, **style)
+            color: Any = colors(c if len(classes) <= 20 else c / len(classes))
+            x, y = points[here].T
+            axes.scatter(x, y, s=5, alpha=0.7, linewidths=0, color=color, label=_plain(name))
         axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
         if len(classes) <= 40:
             rows = math.ceil(len(classes) / 20)

@@ -1,9 +1,7 @@
 """Files beside the report: predictions, confusion, splits, shared images."""
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor
 from twoview.data import ImageData
 from twoview.evaluation.evaluate import Evidence
 from twoview.evaluation.probe import confusion
-from twoview.files import write_atomically
+from twoview.files import write_atomically, write_csv
 
 
 def write_evidence(evidence: Evidence, images: ImageData, run_dir: Path) -> None:
@@ -34,13 +32,13 @@ def write_evidence(evidence: Evidence, images: ImageData, run_dir: Path) -> None
     if "linear" in evidence.predictions:
         table = confusion(evidence.predictions["linear"], labels, len(images.classes))
         rows = ([name, *row] for name, row in zip(images.classes, table.tolist(), strict=True))
-        _write_csv(run_dir / "confusion.csv", ["class", *images.classes], rows)
+        write_csv(run_dir / "confusion.csv", [["class", *images.classes], *rows])
     if evidence.splits:
         splits = {name: [draw.tolist() for draw in draws] for name, draws in evidence.splits.items()}
         write_atomically(run_dir / "few_labels.json", json.dumps(splits) + "\n")
     if evidence.shared:
         header = ["test", "test position", "in", "train", "train position", "exact", "difference"]
-        _write_csv(run_dir / "shared_images.csv", header, shared_rows(evidence, images))
+        write_csv(run_dir / "shared_images.csv", [header, *shared_rows(evidence, images)])
 
 
 def shared_rows(evidence: Evidence, images: ImageData) -> list[list[Any]]:
@@ -58,11 +56,3 @@ def write_predictions(labels: Tensor, predicted: Mapping[str, Tensor], run_dir: 
     """Write ``predictions.safetensors``."""
     tensors = {"labels": labels.contiguous(), **{name: classes.contiguous() for name, classes in predicted.items()}}
     write_atomically(run_dir / "predictions.safetensors", save(tensors))
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from twoview.augment import TwoViews
-from twoview.data import ImageData, Images, fit_size
+from twoview.data import ImageData, Images, fit_size, fixed_sample
 from twoview.evaluation.evaluate import Evidence
-from twoview.evaluation.measure import fixed_sample
 from twoview.evaluation.probe import confusion
 from twoview.evaluation.tables import Table
 from twoview.files import write_atomically
@@ -65,7 +64,6 @@ def write_pages(report: Report, evidence: Evidence, images: ImageData, views: Tw
         "facts": _facts(report),
         "figures": _figures(report, evidence, images, views),
         "gallery": _gallery(evidence, images),
-        "neighbours": NEIGHBOURS,
         "verdict": verdict,
     }
     _render(f"{report['method']} on {report['data']}", content, run_dir)
@@ -73,8 +71,7 @@ def write_pages(report: Report, evidence: Evidence, images: ImageData, views: Tw
 
 def write_tables(title: str, shown: Sequence[Table], run_dir: Path) -> None:
     """Write ``report.md`` and ``report.html`` of tables only."""
-    content = {"tables": shown, "facts": [], "figures": [], "gallery": [], "neighbours": NEIGHBOURS, "verdict": None}
-    _render(title, content, run_dir)
+    _render(title, {"tables": shown, "facts": [], "figures": [], "gallery": [], "verdict": None}, run_dir)
 
 
 def _render(title: str, content: Mapping[str, Any], run_dir: Path) -> None:

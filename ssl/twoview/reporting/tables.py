@@ -60,9 +60,8 @@ def show(table: Table) -> None:
 
     shown = RichTable(title=escape(table.title), caption=escape(table.note))
     for place, name in enumerate(table.header):
-        shown.add_column(
-            escape(name), justify="right" if place else "left", no_wrap=place > 0 and len(table.header) < 5
-        )
+        short = place > 0 and len(table.header) < 5
+        shown.add_column(escape(name), justify="right" if place else "left", no_wrap=short)
     for row in table.rows:
         shown.add_row(*(escape(text.replace(" (", "\n(")) for text in row))  # narrow enough for a terminal
     rich.print(shown)

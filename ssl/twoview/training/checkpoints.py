@@ -34,10 +34,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
             if isinstance(error, RuntimeError) and not re.search("write|file|iostream", str(error)):
                 raise
-            raise UserError(
-                f"{path} could not be written ({str(error).splitlines()[0]}); checkpoints saved before are unchanged: "
-                f"free disk space or make the folder writable, and continue with resume={path.parent.parent}"
-            ) from error
+            message = f"{path} could not be written ({str(error).splitlines()[0]}); earlier checkpoints are unchanged"
+            advice = f"free disk space or make the folder writable, and continue with resume={path.parent.parent}"
+            raise UserError(f"{message}: {advice}") from error
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:

@@ -78,9 +78,6 @@ class PretrainingData(L.LightningDataModule):
         """Return the loader of this rank.
 
         Images in memory are moved to the GPU if they take less than a quarter of its free memory.
-
-        Raises:
-            RuntimeError: called without a Trainer.
         """
         trainer, images = self.trainer, self.images.pretrain
         if trainer is None:
@@ -93,7 +90,5 @@ class PretrainingData(L.LightningDataModule):
         pin, workers = device.type == "cuda" and not on_device, images.num_workers
         started, rank, world_size = partial(batches_started, trainer), trainer.global_rank, trainer.world_size
         order = BatchOrder(len(images), self.images.batch_size, self.seed, started, rank, world_size, images.blocks)
-        dataset: Any = images
-        return DataLoader(
-            dataset, None, sampler=order, pin_memory=pin, num_workers=workers, persistent_workers=workers > 0
-        )
+        options: Any = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin}
+        return DataLoader(images, batch_size=None, sampler=order, **options)

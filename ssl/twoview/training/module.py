@@ -118,12 +118,12 @@ class Pretraining(L.LightningModule):
         if self.skipped <= self.skip_nonfinite:
             log.warning("%s; the batch is skipped, %d of %d", where, self.skipped, self.skip_nonfinite)
             return
-        good = folder / "checkpoints" / LAST
-        raise UserError(
-            f"{where}: training has diverged; lower optimizer.lr (it was {self.optimizers().param_groups[0]['lr']:g}), "  # type: ignore[union-attr]
-            "set trainer.clip=1, or skip such batches with trainer.skip_nonfinite=N; "
-            + (f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been written")
+        good, lr = folder / "checkpoints" / LAST, self.trainer.optimizers[0].param_groups[0]["lr"]
+        advice = (
+            f"lower optimizer.lr (now {lr:g}), set trainer.clip=1, or skip such batches with trainer.skip_nonfinite=N"
         )
+        kept = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been written"
+        raise UserError(f"{where}: training has diverged; {advice}; {kept}")
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from torch.utils.data import Dataset
 
-from twoview.augment import TwoViews
 from twoview.backbones import build_arguments
 from twoview.data import ImageData, from_dataset, split_holdout
 from twoview.devices import device_capability, device_name
@@ -42,17 +41,13 @@ class Prepared:
     Attributes:
         encoder: the backbone that will be trained.
         images: the data.
-        views: the augmentation.
-        conditions: compared with those of an earlier run.
-        module: the Lightning module.
+        module: the Lightning module, with the method and the augmentation.
         trainer: the Lightning Trainer.
         run: run settings.
     """
 
     encoder: Encoder
     images: ImageData
-    views: TwoViews
-    conditions: Conditions
     module: Pretraining
     trainer: L.Trainer
     run: RunSettings
@@ -104,7 +99,7 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
         method, views, recipe.optimizer, recipe.schedule, batch, card, conditions, settings.skip_nonfinite
     )
     module.on_step_boundary = signals.stop_if_asked
-    return Prepared(encoder, images, views, conditions, module, trainer, run)
+    return Prepared(encoder, images, module, trainer, run)
 
 
 def train(prepared: Prepared) -> dict[str, Any]:
@@ -121,7 +116,7 @@ def train(prepared: Prepared) -> dict[str, Any]:
     run_dir = Path(run.run_dir)
     stopped = newest(run_dir) if run.resume and not run.rerun else None
     if stopped is not None:
-        check_resume(stopped, module, prepared.conditions, run_dir, run.exact)
+        check_resume(stopped, module, module.conditions, run_dir, run.exact)
         keep_csv_rows(trainer.loggers, stopped["global_step"])
         log.info("continuing after step %d of %s", stopped["global_step"], stopped["path"])
     if images.broken and prepared.is_main:
@@ -154,11 +149,9 @@ def _load(data: Data, architecture: dict[str, Any]) -> ImageData:
         data = from_dataset(data, size, channels)
     images = data() if callable(data) else data
     found, batch, number = images.image_size, images.batch_size, len(images.pretrain)
-    require(
-        (images.channels, found) == (channels, size),
-        f"data: images of {images.channels}x{found}x{found} do not fit a backbone made for in_chans={channels}, "
-        f"image_size={size}",
-    )
+    message = f"images of {images.channels}x{found}x{found} do not fit a backbone"
+    fit = (images.channels, found) == (channels, size)
+    require(fit, f"data: {message} made for in_chans={channels}, image_size={size}")
     message = f"{images.name} has {number} images to learn from; choose 2 to {number}"
     require(2 <= batch <= number, f"data.batch_size={batch}: {message}")
     return images

@@ -58,11 +58,9 @@ def check_resume(
     require(not ended, f"resume={run_dir}: {message}")
     now = conditions.conditions
     differ = [f"{k} was {was}, is {now[k]}" for k, was in stored["conditions"].items() if was != now[k]]
-    if differ and exact:
-        raise UserError(
-            f"resume={run_dir}: the result would differ from that of an uninterrupted run ({'; '.join(differ)}); make "
-            "them equal, continue anyway with resume.exact=false, or start again with rerun=true"
-        )
+    message = f"the result would differ from that of an uninterrupted run ({'; '.join(differ)})"
+    advice = "make them equal, continue anyway with resume.exact=false, or start again with rerun=true"
+    require(not (differ and exact), f"resume={run_dir}: {message}; {advice}")
     if differ:
         log.warning("resume: not exact (%s)", "; ".join(differ))
 
@@ -90,9 +88,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / "lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"{run_dir} cannot be written ({error.strerror}); change its permissions or choose another folder"
-        ) from error
+        raise UserError(f"{run_dir} cannot be written ({error.strerror}); choose another folder") from error
     with file:
         try:
             import fcntl  # not on Windows

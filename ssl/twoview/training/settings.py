@@ -10,7 +10,7 @@ from torch import nn
 
 from twoview.augment import TwoViews
 from twoview.backbones import create_backbone
-from twoview.errors import require
+from twoview.errors import require, require_at_least, require_choice
 from twoview.heads import projection_head
 from twoview.methods import Method, SimCLR
 from twoview.optim import OptimizerSettings
@@ -107,18 +107,15 @@ class TrainerSettings:
     check_every: int = 10
 
     def __post_init__(self) -> None:
-        known = self.accelerator in ("auto", "cpu", "gpu", "cuda", "mps")
-        require(known, f"trainer.accelerator={self.accelerator}: choose auto, cpu, gpu or mps")
+        require_choice("trainer", ("auto", "cpu", "gpu", "mps"), accelerator=self.accelerator)
         possible = self.clip is None or (isinstance(self.clip, int | float) and self.clip > 0)
         require(possible, f"trainer.clip={self.clip}: give a number above 0, or null for no limit")
         limits = {"max_epochs": self.max_epochs, "max_time": self.max_time, "max_steps": self.max_steps}
         unlimited = " ".join(f"trainer.{knob}=null" for knob in limits)
         require(any(x is not None for x in limits.values()), f"{unlimited}: set one of them, so that the run ends")
-        smallest = {"max_epochs": 1, "max_steps": 1, "devices": 1, "accumulate": 1, "skip_nonfinite": 0}
-        for knob, least in {**smallest, "log_every": 1, "check_every": 0}.items():
-            value = getattr(self, knob)
-            fits = value is None or (isinstance(value, int) and value >= least)
-            require(fits, f"trainer.{knob}={value}: give a whole number, at least {least}")
+        require_at_least("trainer", 1, max_epochs=self.max_epochs, max_steps=self.max_steps, devices=self.devices)
+        require_at_least("trainer", 1, accumulate=self.accumulate, log_every=self.log_every)
+        require_at_least("trainer", 0, skip_nonfinite=self.skip_nonfinite, check_every=self.check_every)
         _ = self.seconds
 
     @property

@@ -11,8 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed as dist
-from torch import nn
+from torch import distributed as dist, nn
 
 from twoview.backbones import is_depthwise
 from twoview.devices import pick_device
@@ -34,11 +33,10 @@ def build_trainer(
     # Lightning's start-up messages are for its own users; the number of loader processes is set on purpose.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore",
-        ".*(does not have many workers|ended before the epoch ended|Experiment logs|LeafSpec|logging interval|"
-        "broadcast_buffers|sync_dist=True).*",
+    expected = (
+        "many workers|before the epoch ended|Experiment logs|LeafSpec|logging interval|broadcast_buffers|sync_dist"
     )
+    warnings.filterwarnings("ignore", f".*({expected}).*")
     precision = choose_precision(settings.precision, network, pick_device(settings.accelerator))
     try:
         return L.Trainer(
@@ -89,10 +87,8 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, ch
         matched = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not matched:
             raise
-        raise UserError(
-            f"data.batch_size={data.images.batch_size}: out of memory; try a smaller data.batch_size, "
-            "data.image_size or backbone.name, or trainer.precision=bf16-mixed"
-        ) from error
+        advice = "try a smaller data.batch_size, data.image_size or backbone.name, or trainer.precision=bf16-mixed"
+        raise UserError(f"data.batch_size={data.images.batch_size}: out of memory; {advice}") from error
     finally:
         if trainer.world_size > 1 and dist.is_initialized():
             # Restore single-process state.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twoview import metrics
-from twoview.data import Images
+from twoview.data import Images, fixed_sample
 from twoview.encoder import Encoder
 from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
 
@@ -40,8 +40,9 @@ class FeatureCheck(L.Callback):
         every: int = 10,
         limit: int = 10_000,
     ) -> None:
-        self.bank = images.subset(_sample(fit, limit))
-        self.held_out = None if held_out is None else images.subset(_sample(held_out, limit))
+        fit = fit[fixed_sample(len(fit), limit).sort().values]
+        held_out = None if held_out is None else held_out[fixed_sample(len(held_out), limit).sort().values]
+        self.bank, self.held_out = images.subset(fit), None if held_out is None else images.subset(held_out)
         self.encoder, self.classes, self.save, self.every = encoder, classes, save, every
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -71,9 +72,3 @@ class FeatureCheck(L.Callback):
             figures["val/knn_top1"] = float((predicted == self.held_out.labels).float().mean())
             message = f"kNN on held-out training images {100 * figures['val/knn_top1']:.1f} %, {message}"
         return figures, message
-
-
-def _sample(positions: Tensor, limit: int) -> Tensor:
-    # A fixed random sample: the images of a folder are sorted by class.
-    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
-    return positions[order[:limit].sort().values]

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from twoview.encoder import LAST
-from twoview.errors import UserError
+from twoview.errors import require
 from twoview.training.checkpoints import BEST
 
 
@@ -33,27 +33,21 @@ class SaveCheckpoints(L.Callback):
         """Save after a check of the features; larger scores are better, None is no score."""
         if score is not None and score > self.best:
             self.best = score
-            self._save(trainer, BEST)
-        self.save_last(trainer)
+            self.save(trainer, BEST)
+        self.save(trainer)
 
-    def save_last(self, trainer: L.Trainer) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the final state."""
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer, name: str = LAST) -> None:
         """Save the present state.
 
         Raises:
             UserError: weights that are not finite, or a file that cannot be written.
         """
-        self._save(trainer, LAST)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the final state."""
-        self.save_last(trainer)
-
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        path = self.folder / name
-        if not all(weight.isfinite().all() for weight in trainer.lightning_module.parameters()):
-            raise UserError(
-                f"after step {trainer.global_step} the weights are not finite: training has diverged; lower "
-                f"optimizer.lr or set trainer.clip=1; {path} is not written"
-                + (f", {self.folder / LAST} is the last good checkpoint" if (self.folder / LAST).exists() else "")
-            )
-        trainer.save_checkpoint(path)
+        finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
+        diverged = f"after step {trainer.global_step} the weights are not finite: training has diverged"
+        kept = f"{self.folder / LAST} is unchanged" if (self.folder / LAST).exists() else "no checkpoint was written"
+        require(finite, f"{diverged}; lower optimizer.lr or set trainer.clip=1; {kept}")
+        trainer.save_checkpoint(self.folder / name)

@@ -52,17 +52,15 @@ class SignalHandler(L.Callback):
             received = int(trainer.strategy.reduce(flag, reduce_op="max"))
         if not received:
             return
-        self.save.save_last(trainer)
+        self.save.save(trainer)
         self.restore()
         flush_step_metrics(trainer)
         earlier = self.before.get(received)
         if callable(earlier) and received not in (signal.SIGINT, signal.SIGTERM):
             earlier(received, None)
-        where = self.save.folder.parent
-        raise Interrupted(
-            f"{signal.Signals(received).name}: saved after step {trainer.global_step}; continue with resume={where}",
-            130 if received == signal.SIGINT else 143,
-        )
+        saved = f"saved after step {trainer.global_step}; continue with resume={self.save.folder.parent}"
+        code = 130 if received == signal.SIGINT else 143
+        raise Interrupted(f"{signal.Signals(received).name}: {saved}", code)
 
     def restore(self) -> None:
         """Install the former handlers again."""

@@ -57,8 +57,8 @@ class TimeLimit(L.Callback):
             per_step = (now - self.warm_at) / (done - self.warm_steps)
             left = max(0.0, self.seconds - (now - self.start))
             # trainer.max_epochs may end the run earlier.
-            total = int(min(steps + max(1, int(left / per_step)), pl_module.total_steps))
-            total = trainer.strategy.broadcast(total)
+            total = min(steps + max(1, int(left / per_step)), pl_module.total_steps)
+            total = trainer.strategy.broadcast(int(total))
             pl_module.total_steps = float(total)
             set_max_steps(trainer, total)
             self.fixed = True

@@ -90,13 +90,9 @@ class TrainingLogger(L.Callback):
         alike = figures["embedding_std"] < 0.1 or (progress > 0.25 and figures["feature_std"] < 0.05)
         if alike and not self.warned:
             self.warned = True
-            log.warning(
-                "The features are collapsing: all images get nearly the same features (standard deviation of features "
-                "%.3f, of embeddings %.3f; 1 is evenly spread). Try a lower optimizer.lr, another method.temperature, "
-                "or stronger augmentation.",
-                figures["feature_std"],
-                figures["embedding_std"],
-            )
+            stds = f"standard deviation {figures['feature_std']:.3f}, of embeddings {figures['embedding_std']:.3f}"
+            advice = "Try a lower optimizer.lr, another method.temperature, or stronger augmentation."
+            log.warning("Collapse: nearly the same features for all images (%s; 1 is evenly spread). %s", stds, advice)
 
 
 def _figures(step: Step) -> dict[str, float]:
