@@ -195,7 +195,7 @@ def test_a_truncated_checkpoint_is_refused(finished, tmp_path, share):
 def test_weights_of_another_architecture_are_refused(content, tmp_path):
     content["twoview"]["backbone"] |= {"name": "test_vit", "stem": "auto"}
     with pytest.raises(
-        UserError, match=r"changed.ckpt: its weights do not fit test_vit .*use the timm of the run, 1\."
+        UserError, match=r"changed.ckpt: its weights do not fit this timm's test_vit .*use the timm of the run, 1\."
     ):
         twoview.load(saved(content, tmp_path))
 
@@ -329,7 +329,7 @@ def test_changed_facts_keep_the_network_and_another_seed_changes_it(encoder):
     assert darker.network is encoder.network
     assert (darker.card.mean, darker.card.std) == ((0.1,), encoder.card.std)
     random = encoder.at_random(0)
-    assert random.card.method == "random initialisation"
+    assert random.card.method == "random initialization"
     assert (random.card.mean, random.card.backbone) == (encoder.card.mean, encoder.card.backbone)
     pixels = short_data().test.pixels[:2]
     assert torch.equal(random(pixels), encoder.at_random(0)(pixels))

@@ -79,5 +79,5 @@ def test_knn_accepts_k_above_the_bank_size_and_small_temperatures():
 
 def test_knn_does_not_depend_on_the_chunk_size():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(metrics.knn_neighbours(x, x, 5, chunk=7), metrics.knn_neighbours(x, x, 5), strict=True):
+    for a, b in zip(metrics.knn_neighbors(x, x, 5, chunk=7), metrics.knn_neighbors(x, x, 5), strict=True):
         assert_close(a, b)

@@ -28,7 +28,7 @@ def test_a_run_trains_and_reports(finished):
     assert report == finished.report
     assert report["training"]["steps"] == 2 * (1347 // 128)
     assert report["training"]["images_seen"] == 20 * 128
-    assert set(report["results"]) == {"trained", "random initialisation", "raw pixels"}
+    assert set(report["results"]) == {"trained", "random initialization", "raw pixels"}
     assert report["results"]["trained"]["geometry"]["diagnosis"] == "healthy"
     for row in report["results"].values():
         assert 0.3 < row["linear"]["test_top1"] <= 1
@@ -42,8 +42,8 @@ def test_probing_a_checkpoint_gives_the_figures_of_the_run(finished, tmp_path):
     for name, task in (("linear", runs.linear_probe), ("knn", runs.knn)):
         report = task(finished.folder, short_data, SETTINGS, run_dir=tmp_path / name)
         assert report["results"]["trained"] == {name: finished.report["results"]["trained"][name]}
-        assert report["results"]["random initialisation"] == {
-            name: finished.report["results"]["random initialisation"][name]
+        assert report["results"]["random initialization"] == {
+            name: finished.report["results"]["random initialization"][name]
         }
         assert json.loads((tmp_path / name / "report.json").read_text()) == report
 

@@ -135,7 +135,7 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
         network: ``[N, C, H, W] -> [N, F]``; its training mode is preserved.
         in_chans: number of channels C.
         image_size: height and width of the images in pixels.
-        name: of the network, for error messages.
+        name: name of the network, for error messages.
 
     Raises:
         UserError: the network refuses images of this size, or its output is not ``[N, F]``.

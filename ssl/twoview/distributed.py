@@ -28,7 +28,7 @@ def gather(x: Tensor) -> Tensor:
     negatives of other ranks.)
 
     Args:
-        x: of equal shape on all ranks.
+        x: tensor of the same shape on all ranks.
 
     Example:
         >>> gather(torch.ones(2, 3)).shape  # a single process

@@ -36,8 +36,8 @@ class ModelCard:
         std: C channel standard deviations on the same scale; None if not known.
         data: name of the training data.
         classes: names of the classes of the training data, if it had labels.
-        seed: of the training run.
-        versions: of the software that it was trained with.
+        seed: seed of the training run.
+        versions: versions of the software that it was trained with.
     """
 
     method: str
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
     Args:
         network: ``fp32 [N, C, H, W] -> [N, F]``.
         card: facts about it.
-        source: where it was loaded from, for reports.
+        source: file or name that it was loaded from, for reports.
 
     Example:
         >>> encoder = load("random:test_resnet", image_size=32)
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
 
     def at_random(self, seed: int) -> "Encoder":
         """The same architecture and preprocessing at random initialization."""
-        return Encoder(at_random(self.card.backbone, seed), replace(self.card, method="random initialisation"))
+        return Encoder(at_random(self.card.backbone, seed), replace(self.card, method="random initialization"))
 
 
 def load(
@@ -199,9 +199,9 @@ def load(
         image_size: height and width of the input in pixels; required for "random:NAME"; None for those of the
             checkpoint or of the published weights.
         channels: C of the input; None for those of the checkpoint, else 3.
-        store_size: of the images to be evaluated; refused if the checkpoint was made for another.
+        store_size: size in pixels of the stored images; refused unless it is that of the checkpoint or None.
         weights: local file of weights for "timm:NAME", instead of the published ones.
-        seed: of random initialization.
+        seed: seed of random initialization.
 
     Raises:
         UserError: no such file, not a checkpoint of twoview, or another size than that of the checkpoint.
@@ -212,8 +212,7 @@ def load(
         (96, 1)
     """
     kind, _, name = str(source).partition(":")
-    fits = weights is None or kind == "timm"
-    require(fits, f"weights={weights}: goes with checkpoint=timm:NAME, not with checkpoint={source}")
+    require(weights is None or kind == "timm", f"weights={weights}: goes with checkpoint=timm:NAME only")
     if name and kind in ("timm", "random"):
         return _from_timm(str(source), image_size, channels or 3, weights, seed)
     content = read_checkpoint(source)

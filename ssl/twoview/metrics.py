@@ -201,20 +201,20 @@ def mean_average_precision(relevant: Tensor) -> float:
 
 
 @torch.no_grad()
-def knn_neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The k nearest neighbours of each query in the bank by cosine similarity, most similar first.
+def knn_neighbors(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """The k nearest neighbors of each query in the bank by cosine similarity, most similar first.
 
     Args:
         bank: ``[M, D]``.
         queries: ``[N, D]``.
-        k: number of neighbours; at most M are returned.
+        k: number of neighbors; at most M are returned.
         chunk: number of queries processed at once, which bounds memory to ``chunk * M`` similarities.
 
     Returns:
         Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``.
 
     Example:
-        >>> similarity, position = knn_neighbours(torch.eye(3), torch.tensor([[0.0, 4.0, 3.0]]), k=2)
+        >>> similarity, position = knn_neighbors(torch.eye(3), torch.tensor([[0.0, 4.0, 3.0]]), k=2)
         >>> similarity, position
         (tensor([[0.8000, 0.6000]]), tensor([[1, 2]]))
     """
@@ -225,14 +225,14 @@ def knn_neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> 
 
 @torch.no_grad()
 def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
-    """Classify by a weighted vote of the k nearest neighbours, with weights ``exp(cosine / temperature)``.
+    """Classify by a weighted vote of the k nearest neighbors, with weights ``exp(cosine / temperature)``.
 
     Wu et al. 2018, arXiv:1805.01978, section 3.4.
 
     Args:
         similarity: ``[N, K]`` cosine similarities, most similar first; K >= k unless the bank is smaller.
-        labels: int64 ``[N, K]`` classes of these neighbours.
-        k: number of neighbours that vote.
+        labels: int64 ``[N, K]`` classes of these neighbors.
+        k: number of neighbors that vote.
         temperature: > 0.
         classes: number of classes.
 
@@ -244,7 +244,7 @@ def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, cla
         tensor([1])
     """
     s = similarity[:, :k]
-    # Weights are relative to the nearest neighbour: the vote is the same, and exp(1 / 0.001) does not overflow.
+    # Weights are relative to the nearest neighbor: the vote is the same, and exp(1 / 0.001) does not overflow.
     weights = ((s - s[:, :1]) / temperature).exp()
     votes = s.new_zeros(len(s), classes).scatter_add_(1, labels[:, :k], weights)
     return votes.argmax(1)
@@ -253,13 +253,13 @@ def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, cla
 def knn_predict(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 200, temperature: float = 0.1, classes: int = 0
 ) -> Tensor:
-    """Weighted k-nearest-neighbour classification: :func:`knn_neighbours` followed by :func:`knn_vote`.
+    """Weighted k-nearest-neighbor classification: :func:`knn_neighbors` followed by :func:`knn_vote`.
 
     Args:
         bank: ``[M, D]`` features of labelled images.
         bank_labels: int64 ``[M]``.
         queries: ``[N, D]``.
-        k: number of neighbours that vote.
+        k: number of neighbors that vote.
         temperature: > 0.
         classes: number of classes; 0 for one more than the largest of ``bank_labels``.
 
@@ -270,5 +270,5 @@ def knn_predict(
         >>> knn_predict(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[0.9, 0.1]]), k=1)
         tensor([1])
     """
-    similarity, position = knn_neighbours(bank, queries, k)
+    similarity, position = knn_neighbors(bank, queries, k)
     return knn_vote(similarity, bank_labels[position], k, temperature, classes or int(bank_labels.max()) + 1)

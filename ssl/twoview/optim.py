@@ -20,7 +20,7 @@ class OptimizerSettings:
     Args:
         factory: called with parameter groups and ``lr``, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
         lr: learning rate for a batch of 256 images, > 0.
-        weight_decay: of weight matrices and kernels, >= 0. Biases and parameters of norm layers are not decayed, as in
+        weight_decay: weight decay of matrices and kernels, >= 0; biases and parameters of norm layers have none, as in
             SimCLR and MoCo v3.
         lr_scaling: scaling of ``lr`` with the global batch size: "none", "linear" or "sqrt".
 

@@ -112,7 +112,7 @@ def evaluate(
         data: the images, or a function that loads them for given ``image_size`` and ``channels``.
         settings: what is measured, and how; everything but ``linear_sgd`` by default.
         augment: makes the views whose alignment is measured; equal for all networks that are to be compared.
-        seed: of the held-out split, of random initialization and of every other draw.
+        seed: seed of the held-out split, of random initialization and of all other random draws.
         run_dir: folder for ``report.json``, ``report.md``, ``report.html`` and further files; created if missing.
         task: name of the task in the report; pages are written for "evaluate" only.
 
@@ -186,7 +186,7 @@ def finetune(
         optimizer: which optimizer; its learning rate is chosen among those of ``settings``.
         schedule: ``(epoch, epochs) -> factor`` of the learning rate.
         settings: share of the labels, epochs, learning rates.
-        seed: of classifier, order, draws and held-out split; the labels that are used are equal for all seeds.
+        seed: seed of classifier, image order, views and held-out split; the same labels are used for all seeds.
         run_dir: folder for ``report.json``; created if missing.
 
     Returns:
@@ -217,9 +217,9 @@ def compare(runs: Sequence[Folder], seed: int = 0, run_dir: Folder = "run", resa
 
     Args:
         runs: two or more folders of finished runs.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
         run_dir: folder for ``report.json``, ``report.md`` and ``report.html``; created if missing.
-        resamples: of the test images.
+        resamples: number of resamples of the test images.
 
     Returns:
         The content of ``report.json``; see :func:`twoview.evaluation.compare.compare`.
@@ -260,7 +260,7 @@ def preview(
         augment: makes the views, as for :func:`pretrain`.
         images: rows.
         pairs: pairs of views in a row.
-        seed: of the views.
+        seed: seed of the views.
         run_dir: target folder; created if missing.
 
     Returns:

@@ -35,7 +35,7 @@ def test_ranks_share_each_global_batch():
         assert set(torch.cat([p[i] for p in parts]).tolist()) == set(batch.tolist())
 
 
-def test_neighbouring_seeds_and_epochs_do_not_share_orders():
+def test_neighboring_seeds_and_epochs_do_not_share_orders():
     orders = {tuple(torch.cat(order(seed=s, done=3 * e)).tolist()) for s in range(5) for e in range(5)}
     assert len(orders) == 25
 

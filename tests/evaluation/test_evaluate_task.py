@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path):
     content = torch.load(finished.folder / "checkpoints" / "last.ckpt", weights_only=True)
     content["twoview"]["backbone"] |= {"name": "test_vit", "stem": "timm"}
     torch.save(content, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="its weights do not fit test_vit"):
+    with pytest.raises(UserError, match="its weights do not fit this timm's test_vit"):
         evaluate(tmp_path / "run", tmp_path / "other.ckpt")
     assert not (tmp_path / "run").exists()
 
@@ -102,7 +102,7 @@ def test_features_that_are_not_finite_are_refused(finished, tmp_path):
     name = next(k for k in content["state_dict"] if k.startswith("method.backbone.") and k.endswith("weight"))
     content["state_dict"][name][0] = float("nan")
     torch.save(content, tmp_path / "diverged.ckpt")
-    with pytest.raises(UserError, match="450 of 450|1347 of 1347 images get features that are not finite"):
+    with pytest.raises(UserError, match="450 of 450|1347 of 1347 images have features that are not finite"):
         evaluate(tmp_path / "run", tmp_path / "diverged.ckpt")
 
 
@@ -120,8 +120,8 @@ def test_timm_and_random_networks(tmp_path):
     assert first["method"] == "random test_resnet"
     # The network as its own baseline: two columns with the same figures.
     report = evaluate(tmp_path / "d", "random:test_resnet", digits_data(), quick("knn", "geometry"))
-    assert report["results"]["trained"] == report["results"]["random initialisation"]
-    assert "| random test\\_resnet | random initialisation | raw pixels |" in (tmp_path / "d" / "report.md").read_text()
+    assert report["results"]["trained"] == report["results"]["random initialization"]
+    assert "| random test\\_resnet | random initialization | raw pixels |" in (tmp_path / "d" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ def test_figures_equal_numpy(n):
     shares = values / values.sum()
     np.testing.assert_allclose(found["spectrum"][: min(n, 40)], shares[:40], atol=1e-9)
     assert found["participation_ratio"] == pytest.approx(1 / (shares**2).sum(), rel=1e-6)
-    centred = features - features.mean(0)
-    assert found["spread"] == pytest.approx(float(centred.norm() / features.norm()), rel=1e-5)
+    centered = features - features.mean(0)
+    assert found["spread"] == pytest.approx(float(centered.norm() / features.norm()), rel=1e-5)
     assert (found["dead"], found["width"], found["alignment"]) == (0, 40, None)
     u = torch.nn.functional.normalize(features, dim=1)
     pairs = [float(u[i] @ u[j]) for i in range(n) for j in range(n) if i != j] if n == 20 else [found["similarity"]]

@@ -66,7 +66,7 @@ def test_gray_images_have_no_colors_to_be_invariant_to():
     encoder = load("random:test_resnet", 16, 1).with_card(mean=(0.3,), std=(0.4,))
     found = figures(encoder, images)
     names = {shift["operation"] for shift in found["shifts"]}
-    assert names == set(SHIFTS) - {"saturation", "hue", "greyscale"}
+    assert names == set(SHIFTS) - {"saturation", "hue", "grayscale"}
     assert all(shift["accuracy"] is None for shift in found["shifts"])
     assert found == figures(encoder, images)
 

@@ -111,12 +111,12 @@ def test_every_measure_chooses_without_test_labels_before_any_score(encoder):
     every = EvaluationSettings.from_knobs(parts=list(MEASURES), **small)
     recorded = tuple(Recorded(measure, calls, data.test.labels) for measure in every.measures)
     settings, views = EvaluationSettings(recorded, bootstrap=100), TwoViews(**data.view_limits())
-    report, _ = evaluate(encoder, data, views, settings, seed=0, device=torch.device("cpu"))
-    assert set(report["results"]) == {"trained", "random initialisation", "raw pixels"}
+    report, _ = evaluate(encoder, data, views, settings, seed=0)
+    assert set(report["results"]) == {"trained", "random initialization", "raw pixels"}
     for name in report["results"]:
         order = [call for call in calls if call[1] == name]
         chosen, scored = ([what for phase, _, what in order if phase == p] for p in ("choose", "score"))
-        left_out = {"trained": set(), "random initialisation": {"integrity"}}
+        left_out = {"trained": set(), "random initialization": {"integrity"}}
         left_out = left_out.get(name, {"integrity", "invariance", "linear_sgd"})
         assert chosen == [measure for measure in MEASURES if measure not in left_out]
         assert scored == [measure for measure in chosen if not MEASURES[measure].probe_title]  # probes need no score()
@@ -150,7 +150,7 @@ def test_a_new_measure_is_reported(encoder, tmp_path):
     report = runs.evaluate(encoder, data, settings, run_dir=tmp_path)
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert {name: set(row) for name, row in report["results"].items()} == {
-        name: {"knn", "nearest_mean"} for name in ("trained", "random initialisation", "raw pixels")
+        name: {"knn", "nearest_mean"} for name in ("trained", "random initialization", "raw pixels")
     }
     assert report["protocol"]["parts"] == ["knn", "nearest_mean"]
     assert report["protocol"]["power"] == 1.0

@@ -38,7 +38,7 @@ def test_the_page_needs_no_other_file_and_no_network(evaluated):
     assert "url(" not in (evaluated.folder / "report.html").read_text().split("</style>")[0]
     text = " ".join(page.text)
     figures = ("Training", "Spectrum", "Confusion", "Map of the features", "Views")
-    for title in (*figures, "Nearest neighbours", "Few labels"):
+    for title in (*figures, "Nearest neighbors", "Few labels"):
         assert title in text
     assert page.tags.count("img") == len(figures) + 12 * 7  # and a gallery of 12 queries with 6 neighbors each
     assert evaluated.report["command"] in text

@@ -18,7 +18,7 @@ def test_the_report_is_complete(evaluated):
     report = json.loads((evaluated.folder / "report.json").read_text())
     assert report == evaluated.report
     assert report["schema"] == 3
-    assert set(report["results"]) == {"trained", "random initialisation", "raw pixels"}
+    assert set(report["results"]) == {"trained", "random initialization", "raw pixels"}
     for name, row in report["results"].items():
         expected = {"linear", "linear_without_bn", "knn", "few_labels", "retrieval", "clustering", "geometry"}
         assert set(row) == expected | ({"invariance"} if name != "raw pixels" else set())
@@ -48,7 +48,7 @@ def test_every_key_is_documented(evaluated):
             for inner in value:
                 yield from keys(inner)
 
-    free = {"trained", "random initialisation", "raw pixels", *evaluated.report["versions"]}
+    free = {"trained", "random initialization", "raw pixels", *evaluated.report["versions"]}
     free |= {*evaluated.settings.knobs(), *evaluated.report["backbone"]}
     free |= {"1 per class", "5 per class", "10 per class", "1 %", "10 %"}
     missing = {key for key in keys(evaluated.report) if f"`{key}`" not in text} - free

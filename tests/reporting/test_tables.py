@@ -14,7 +14,7 @@ def report(finished):
 
 def test_the_accuracies_are_those_of_the_report(report):
     table = tables(report)[0]
-    assert table.header == ["", report["method"], "random initialisation", "raw pixels"]
+    assert table.header == ["", report["method"], "random initialization", "raw pixels"]
     rows = {row[0]: row[1:] for row in table.rows}
     titles = {"linear probe": "linear", "linear, no BatchNorm": "linear_without_bn", "kNN": "knn"}
     for place, results in enumerate(report["results"].values()):

@@ -19,7 +19,7 @@ class ViewRecipe:
     Args:
         crop_scale: smallest and largest area of a crop as a share of the image, in (0, 1].
         crop_ratio: smallest and largest aspect ratio (width / height) of a crop, > 0.
-        interpolation: of the resized crop, "bilinear" or "bicubic".
+        interpolation: how the crop is resized, "bilinear" or "bicubic".
         flip_p: probability of a horizontal flip.
         jitter: strengths of brightness, contrast, saturation (factors are drawn from 1 - x to 1 + x) and hue (in turns,
             up to 0.5).

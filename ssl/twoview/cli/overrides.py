@@ -59,7 +59,7 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
     """Check that the configuration accepts the overrides: keys, choices of groups, and types of values.
 
     Args:
-        overrides: as on the command line, already quoted.
+        overrides: overrides of the command line, quoted.
         sweep: whether ``a=1,2`` means two runs.
 
     Returns:

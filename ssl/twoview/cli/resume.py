@@ -21,7 +21,7 @@ def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:
     """Replace ``resume=RUN_DIR`` by the stored overrides of that run, and ``resume=auto`` by those of the newest one.
 
     Args:
-        overrides: as on the command line, already quoted; they take precedence over stored ones.
+        overrides: overrides of the command line, quoted; they take precedence over stored ones.
         sweep: whether the command is a sweep.
 
     Returns:
@@ -56,7 +56,7 @@ def common_folder(overrides: list[str], sweep: bool) -> list[str]:
     The default folder is named after the time, which each process would read by itself.
 
     Args:
-        overrides: as on the command line.
+        overrides: overrides of the command line.
         sweep: whether the command is a sweep.
 
     Returns:

@@ -25,7 +25,7 @@ def begin(overrides: Sequence[str]) -> Path:
     """Choose the folder of the outcomes, named after the time, and store it in the environment.
 
     Args:
-        overrides: as on the command line; ``hydra.sweep.dir=`` among them sets the parent folder.
+        overrides: overrides of the command line; ``hydra.sweep.dir=`` sets the parent folder.
 
     Returns:
         The absolute path, which :func:`record` creates.
@@ -83,7 +83,7 @@ def record(
 
     Args:
         number: index of the run in its sweep.
-        overrides: as on the command line, such as ``seed=1``.
+        overrides: overrides of the run, such as ``seed=1``.
         folder: run folder.
         name: metric that the sweep selects by, such as ``val/linear_top1``.
         figure: value of the metric, None if there is none.
@@ -98,7 +98,7 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
     """Read the outcomes of a sweep, with mean and standard deviation over seeds.
 
     Args:
-        folder: where :func:`record` wrote them.
+        folder: folder that :func:`record` writes to.
 
     Returns:
         One mapping a run, in the order of the runs: ``overrides`` (those that differ between runs, without the seed)
@@ -125,7 +125,7 @@ def summarize(folder: Path) -> int:
     """Print a table with one row for the runs that differ in their seed only; write ``table.csv`` with one row a run.
 
     Args:
-        folder: of the outcomes.
+        folder: folder of the outcomes.
 
     Returns:
         Number of failed runs; the message of each is printed to stderr.

@@ -31,7 +31,8 @@ class TarImages(Sequence[bytes]):
 
     def __getitem__(self, position: Any) -> Any:
         shard, first, size = (int(number) for number in self.where[position])
-        # Opened for each image: forked workers would share the offset of an open file, and it cannot be pickled.
+        # The shard is opened for each image: forked workers would share the offset of an open file, and spawned workers
+        # need a source that can be pickled.
         with open(self.files[shard], "rb") as handle:
             handle.seek(first)
             return handle.read(size)

@@ -40,7 +40,7 @@ def cluster(features: Tensor, clusters: int, seed: int) -> np.ndarray:
     Args:
         features: ``[N, F]``.
         clusters: their number, at most N.
-        seed: of k-means.
+        seed: seed of k-means.
     """
     unit = l2_normalize(features).numpy()
     with warnings.catch_warnings():
@@ -58,7 +58,7 @@ def clustering_figures(
         features: ``[N, F]``.
         assigned: cluster of each row.
         labels: int64 ``[N]``.
-        seed: of the sample.
+        seed: seed of the sample.
         sample: number of images of which the silhouette is computed.
 
     Returns:

@@ -37,8 +37,8 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
 
     Args:
         runs: two or more folders with ``report.json`` and ``predictions.safetensors``, of the same test images.
-        seed: of the bootstrap.
-        resamples: of the test images.
+        seed: seed of the bootstrap.
+        resamples: number of resamples of the test images.
 
     Returns:
         ``data`` and ``test_fingerprint`` of the runs; and ``runs``, for each its ``folder``, ``method``, ``backbone``,

@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the figures of the trained network were computed from, for files and figures of the report.
+    """Features and predictions of the trained network, from which the report's files and plots are made.
 
     Attributes:
         train: fp32 ``[N, F]`` features of the training images.
         test: fp32 ``[T, F]`` features of the test images.
-        predictions: of each probe.
+        predictions: predictions of each probe, by its name.
         splits: for each size of :class:`twoview.evaluation.few_labels.FewLabels`, positions of each draw.
         shared: test images that are training images too, by split.
     """
@@ -48,10 +48,10 @@ def evaluate(
 
     Args:
         encoder: the network, on the device where everything is computed.
-        images: with labelled training and test images.
+        images: labelled training and test images.
         views: augmentation whose alignment is measured.
         settings: measures and how choices are made.
-        seed: of every random draw.
+        seed: seed of all random draws.
 
     Returns:
         ``results``, for "trained" and each baseline the figures of each measure; ``protocol``, all settings;
@@ -98,7 +98,7 @@ def evaluate(
     found, chosen = take(settings.measures, trained, test.labels)
     integrity = found.pop("integrity", None)
     results = {"trained": found}
-    networks = {"random initialisation": encoder.at_random(seed), "raw pixels": None} if settings.baselines else {}
+    networks = {"random initialization": encoder.at_random(seed), "raw pixels": None} if settings.baselines else {}
     for name, network in networks.items():
         parts = (network and network.network, encoder.preprocess, train, test, views, settings, len(images.classes))
         others = (seed, str(encoder.device), images.batch_size, images.allow_flip, images.min_crop_area)

@@ -34,7 +34,7 @@ class FewLabels(Measure):
         label_shares: shares of the training labels, in (0, 1).
         draws: random splits of each size, at least 2; equal for all runs on the same labels.
         few_label_l2: L2 penalty, > 0.
-        max_iterations: of L-BFGS.
+        max_iterations: largest number of iterations of L-BFGS.
 
     Raises:
         UserError: a value out of range.

@@ -35,7 +35,7 @@ class FineTuning:
         least_steps: more passes where few labels would make fewer steps than this, since a network trained from random
             initialization needs a minimum number of steps.
         batch_size: images per step, at least 2.
-        learning_rates: to choose from.
+        learning_rates: learning rates to choose from.
         holdout: share of the used labels on which the learning rate is chosen, in (0, 1).
         supervised: also train the same network from random initialization in the same way.
 
@@ -65,13 +65,13 @@ class Supervised:
     """How networks are trained on labels.
 
     Args:
-        images: with labelled training and test images; test labels are not read here.
+        images: labelled training and test images; test labels are not read here.
         views: augmentation, of which the first view is used.
         optimizer: optimizer settings; the learning rate is replaced.
         schedule: ``(epoch, epochs) -> factor`` of the learning rate.
         settings: epochs, learning rates and so on.
-        seed: of the classifier, order, draws and held-out split.
-        device: where to compute.
+        seed: seed of the classifier, the order of images, the views and the held-out split.
+        device: device to compute on.
     """
 
     images: ImageData

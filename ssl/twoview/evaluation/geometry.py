@@ -76,10 +76,10 @@ def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) ->
         * ``diagnosis`` and ``words``: :func:`diagnose`.
     """
     rows = features[fixed_sample(len(features), 20_000)].double()
-    centred = rows - rows.mean(0)
+    centered = rows - rows.mean(0)
     n, width = rows.shape
-    deviation = centred.std(0, correction=0)
-    small = centred.T @ centred if n >= width else centred @ centred.T
+    deviation = centered.std(0, correction=0)
+    small = centered.T @ centered if n >= width else centered @ centered.T
     variances = torch.linalg.eigvalsh(small / n).flip(0).clamp(min=0)
     total, length = float(variances.sum()), float(rows.square().sum(1).mean().sqrt())
     spread = total**0.5 / length if length else 0.0

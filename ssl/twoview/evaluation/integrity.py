@@ -13,7 +13,7 @@ from twoview.data import Images, fit_channels, fit_size, in_order
 from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Thumbnails
 from twoview.evaluation.probe import Prediction
 from twoview.evaluation.tables import Table, percent
-from twoview.metrics import knn_neighbours
+from twoview.metrics import knn_neighbors
 
 SIDE = 32  # pixels per side at which images are compared
 # docs/evaluation.md states how many re-encoded images, and how many other images, lie within these bounds.
@@ -111,17 +111,17 @@ def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, T
     nearest image is not much nearer than the next ones. Mirrored or cropped copies are not searched for.
 
     Args:
-        train: of N images.
-        test: of T images.
+        train: thumbnails of N training images.
+        test: thumbnails of T test images.
         features: ``[N, F]`` and ``[T, F]``; None to compare pixels only.
 
     Returns:
         In the order of the test images.
     """
     first = {digest: position for position, digest in reversed(list(enumerate(train.hashes)))}
-    candidates = knn_neighbours(_coarse(train.pixels), _coarse(test.pixels), CANDIDATES)[1]
+    candidates = knn_neighbors(_coarse(train.pixels), _coarse(test.pixels), CANDIDATES)[1]
     if features is not None:
-        candidates = torch.cat([candidates, knn_neighbours(*features, CANDIDATES)[1]], 1)
+        candidates = torch.cat([candidates, knn_neighbors(*features, CANDIDATES)[1]], 1)
     test_gray, train_gray = (x if x.shape[1] != 3 else fit_channels(x, 1) for x in (test.pixels, train.pixels))
     found = []
     for start in range(0, len(candidates), 512):

@@ -30,11 +30,11 @@ SHIFTS: Mapping[str, tuple[Sequence[float], Callable[[float], dict[str, Any]]]] 
     "contrast": ((0.2, 0.4, 0.8), lambda x: {"jitter": (0, x, 0, 0), "jitter_p": 1.0}),
     "saturation": ((0.2, 0.4, 0.8), lambda x: {"jitter": (0, 0, x, 0), "jitter_p": 1.0}),
     "hue": ((0.05, 0.1, 0.2), lambda x: {"jitter": (0, 0, 0, x), "jitter_p": 1.0}),
-    "greyscale": ((1.0,), lambda x: {"gray_p": x}),
+    "grayscale": ((1.0,), lambda x: {"gray_p": x}),
     "blur of sigma": ((0.5, 1.0, 2.0), lambda x: {"blur_p": 1.0, "blur_sigma": (x, x)}),
-    "solarise": ((1.0,), lambda x: {"solarize_p": x}),
+    "solarize": ((1.0,), lambda x: {"solarize_p": x}),
 }
-NEED_COLOR = ("saturation", "hue", "greyscale")
+NEED_COLOR = ("saturation", "hue", "grayscale")
 
 
 @dataclass(frozen=True)

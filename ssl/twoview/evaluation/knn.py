@@ -9,7 +9,7 @@ from twoview.data import split_holdout
 from twoview.errors import require_choice, require_positive
 from twoview.evaluation.measure import ByName, Inputs, Measure
 from twoview.evaluation.probe import Prediction, choose_best
-from twoview.metrics import knn_neighbours, knn_vote
+from twoview.metrics import knn_neighbors, knn_vote
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class KNN(Measure):
 
     Args:
         k: numbers of neighbors to choose from.
-        temperature: of the weights exp(cosine / temperature), to choose from.
+        temperature: temperatures of the weights exp(cosine / temperature) to choose from.
         class_weights: "balanced" gives all classes equal weight in the choice, "none" all images.
 
     Raises:
@@ -43,11 +43,11 @@ class KNN(Measure):
         train = inputs.train
         fitted, held_out = (train.at(part) for part in split_holdout(train.labels, inputs.holdout, inputs.seed))
         numbers = [k for k in self.k if k <= len(fitted.labels)] or [len(fitted.labels)]
-        similarity, position = knn_neighbours(fitted.features, held_out.features, max(numbers))
+        similarity, position = knn_neighbors(fitted.features, held_out.features, max(numbers))
         grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]
         predicted = [knn_vote(similarity, votes, k, temperature, inputs.classes) for k, temperature in grid]
         best, val_top1 = choose_best(predicted, held_out.labels, self.class_weights)
         k, temperature = grid[best]
-        similarity, position = knn_neighbours(train.features, inputs.test, k)
+        similarity, position = knn_neighbors(train.features, inputs.test, k)
         classes = knn_vote(similarity, train.labels[position], k, temperature, inputs.classes)
         return Prediction(classes, {"val_top1": val_top1, "k": k, "temperature": temperature})

@@ -23,8 +23,8 @@ class Linear(Measure):
 
     Args:
         l2: penalties to choose from, relative to the mean cross-entropy.
-        max_iterations: of L-BFGS; whether it converged is reported.
-        label_smoothing: in [0, 1).
+        max_iterations: largest number of iterations of L-BFGS; the report says whether it converged.
+        label_smoothing: share of each label that is spread over all classes, in [0, 1).
         class_weights: "balanced" gives all classes equal weight in the fit and in the choice, "none" all images.
         batch_norm: scale each feature by its own standard deviation; False uses one scale for all.
 
@@ -75,7 +75,7 @@ class Linear(Measure):
             [name, "no test image" if share is None else percent(share)]
             for name, share in zip(report["classes"], shares, strict=True)
         ]
-        return Table("Classes", ["class", "recognised by the linear probe"], rows)
+        return Table("Classes", ["class", "recognized by the linear probe"], rows)
 
     def _fit(self, images: Labelled, l2: Sequence[float], classes: int) -> tuple[Tensor, bool]:
         scale, weights = feature_scale(images.features, self.batch_norm), None

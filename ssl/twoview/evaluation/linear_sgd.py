@@ -90,11 +90,11 @@ def shuffled(
     """Batches in an order determined by (seed, epoch).
 
     Args:
-        images: to take them from.
+        images: N images.
         positions: int64, which images are taken.
         size: images per batch; an incomplete last batch is dropped unless it is the only one.
         epochs: passes over the images.
-        seed: of the order.
+        seed: seed of the order.
 
     Yields:
         The batch, the completed share of the training before it, and a key for its random draws.

@@ -41,7 +41,7 @@ def fit_linear(
         features: fp32 ``[N, F]``.
         labels: int64 ``[N]``, C classes numbered from 0.
         l2: P penalties.
-        max_iterations: of L-BFGS.
+        max_iterations: largest number of iterations of L-BFGS.
         classes: C; 0 derives it from the labels.
         scale: fp32 ``[F]``, divisor of the features before weights are penalized; None for their standard deviations,
             which is a BatchNorm without parameters.

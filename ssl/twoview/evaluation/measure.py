@@ -39,7 +39,7 @@ class Inputs:
     """Everything that a measure may use before the test labels are read. Contains no test label.
 
     Attributes:
-        name: "trained", "random initialisation" or "raw pixels".
+        name: "trained", "random initialization" or "raw pixels".
         encoder: the network; None for raw pixels.
         train: features and labels of the training images.
         test: fp32 ``[T, F]`` features of the test images.
@@ -51,8 +51,8 @@ class Inputs:
         classes: number C of classes.
         holdout: share of the training labels on which every choice is made.
         bootstrap: resamples of the test images for intervals.
-        seed: of every random draw.
-        device: where networks are computed.
+        seed: seed of all random draws.
+        device: device that networks are computed on.
         batch_size: images at a time.
     """
 

@@ -30,11 +30,11 @@ def score(prediction: Prediction, labels: Tensor, classes: int, resamples: int, 
     """Compare a prediction with the test labels.
 
     Args:
-        prediction: for T images.
+        prediction: predictions for T images.
         labels: int64 ``[T]``.
         classes: number of classes.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples: number of resamples of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         What was chosen, and: ``test_top1`` in [0, 1] with ``interval``, its 95 % percentile interval over resampled
@@ -73,7 +73,7 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
     Args:
         values: ``[T]``, such as whether each image was classified correctly.
         resamples: number of resamples.
-        seed: of the draws.
+        seed: seed of the resamples.
     """
     if len(values) < 2:
         return [float(values.mean())] * 2

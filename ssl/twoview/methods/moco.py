@@ -21,13 +21,13 @@ class MoCo(Method):
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``; one linear layer in v1, two layers in v2.
-        temperature: of InfoNCE, > 0; 0.07 in v1, 0.2 in v2.
-        variant: of the loss, see :func:`twoview.losses.info_nce_rows`.
+        temperature: softmax temperature, > 0; 0.07 in v1, 0.2 in v2.
+        variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
         queue_size: number K of stored keys. Stored keys of a query's own image are not used as its negatives.
-        momentum: of the key encoder, in [0, 1].
+        momentum: momentum of the key encoder, in [0, 1].
         momentum_end: value at the end of the run, reached along a half cosine; None for a constant momentum.
         symmetric: use both views as queries and as keys, and store 2N keys a batch.
-        statistics: of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
+        statistics: running statistics of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
         bn: "plain", "split", "sync" (see :class:`Method`), or "shuffle": as "split", but keys are regrouped over all
             ranks so that each of their groups holds images of all groups of the queries (v1, section 3.3).
         bn_groups: number G of groups of "split" and "shuffle", over all ranks.

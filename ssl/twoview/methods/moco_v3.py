@@ -20,12 +20,12 @@ class MoCoV3(Method):
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
         predictor: builds the prediction head ``[N, D] -> [N, D]`` for a width D.
-        temperature: > 0; 0.2 for transformers and 1.0 for ResNets in the paper.
-        momentum: of the key encoder at the start, in [0, 1]; it follows a half cosine to ``momentum_end``.
-        momentum_end: of the key encoder at the end of the run, in [0, 1].
+        temperature: softmax temperature, > 0; 0.2 for transformers and 1.0 for ResNets in the paper.
+        momentum: momentum of the key encoder at the start, in [0, 1]; it follows a half cosine to ``momentum_end``.
+        momentum_end: momentum at the end of the run, in [0, 1].
         freeze_patch_embedding: keep the patch projection of a vision transformer at its random initialization, which
             stabilizes training (section 4).
-        statistics: of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
+        statistics: running statistics of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
         bn: see :class:`Method`.
         bn_groups: see :class:`Method`.
 

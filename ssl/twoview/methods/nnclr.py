@@ -19,7 +19,7 @@ class NNCLR(Method):
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
         predictor: builds the prediction head ``[N, D] -> [N, D]`` for a width D.
-        temperature: > 0; 0.1 in the paper.
+        temperature: softmax temperature, > 0; 0.1 in the paper.
         queue_size: number of embeddings in the support set.
         bn: see :class:`Method`.
         bn_groups: see :class:`Method`.

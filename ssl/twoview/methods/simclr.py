@@ -16,8 +16,8 @@ class SimCLR(Method):
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
-        temperature: of NT-Xent, > 0; the paper uses 0.1 for batches of 4,096 images and 0.5 on CIFAR-10.
-        variant: of the loss, see :func:`twoview.losses.info_nce_rows`.
+        temperature: softmax temperature, > 0; the paper uses 0.1 for batches of 4,096 images and 0.5 on CIFAR-10.
+        variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
         same: "labels" removes images with equal labels from each other's negatives; "none" keeps all.
         bn: see :class:`Method`.
         bn_groups: see :class:`Method`.

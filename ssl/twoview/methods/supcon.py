@@ -15,7 +15,7 @@ class SupCon(Method):
     Args:
         backbone: ``[N, C, H, W] -> [N, F]``.
         head: ``[N, F] -> [N, D]``.
-        temperature: > 0; 0.1 in the paper.
+        temperature: softmax temperature, > 0; 0.1 in the paper.
         bn: see :class:`Method`.
         bn_groups: see :class:`Method`.
 

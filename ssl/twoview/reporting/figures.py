@@ -31,7 +31,7 @@ def views_grid(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.
         pixels: uint8 ``[N, C, S, S]``, S the size of the views.
         views: the augmentation.
         pairs: pairs of views in a row.
-        seed: of the views.
+        seed: seed of the views.
     """
     columns = [pixels]
     for i in range(pairs):
@@ -140,7 +140,7 @@ def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: 
         labels: int64 ``[N]``.
         classes: their names.
         kind: "pca" or "umap".
-        seed: of UMAP.
+        seed: seed of the projection.
     """
     if kind == "umap":
         from umap import UMAP

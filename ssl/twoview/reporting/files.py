@@ -23,8 +23,8 @@ def write_evidence(evidence: Evidence, images: ImageData, run_dir: Path) -> None
     * ``shared_images.csv``: test images that are training images too.
 
     Args:
-        evidence: of the evaluation.
-        images: that were evaluated.
+        evidence: features and predictions of the evaluation.
+        images: the evaluated images.
         run_dir: target folder.
     """
     labels = images.labelled[1].labels

@@ -17,7 +17,7 @@ from twoview.evaluation.evaluate import Evidence
 from twoview.evaluation.probe import confusion
 from twoview.evaluation.tables import Table
 from twoview.files import write_atomically
-from twoview.metrics import knn_neighbours
+from twoview.metrics import knn_neighbors
 from twoview.reporting import figures
 from twoview.reporting.files import shared_rows
 from twoview.reporting.tables import tables
@@ -27,7 +27,7 @@ MOST_CONFUSED = 10
 LISTED = 50
 MAPPED = 3000
 GALLERY = 6  # rows with a correct nearest neighbor, and as many without
-NEIGHBOURS = 6
+NEIGHBORS = 6
 MAX_CLASSES = 60  # of the figure of the confusion matrix
 
 
@@ -39,7 +39,7 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """An image of the gallery: data URI, class, name, and whether its class is that of the query."""
 
     source: str
@@ -53,8 +53,8 @@ def write_pages(report: Report, evidence: Evidence, images: ImageData, views: Tw
 
     Args:
         report: the content of ``report.json``.
-        evidence: what it was computed from.
-        images: that were evaluated.
+        evidence: features and predictions that the report was computed from.
+        images: the evaluated images.
         views: augmentation, shown in a figure.
         run_dir: target folder.
     """
@@ -158,17 +158,17 @@ def _figures(report: Report, evidence: Evidence, images: ImageData, views: TwoVi
     return found
 
 
-def _gallery(evidence: Evidence, images: ImageData) -> list[tuple[Neighbour, list[Neighbour]]]:
+def _gallery(evidence: Evidence, images: ImageData) -> list[tuple[Neighbor, list[Neighbor]]]:
     """Test images with their nearest training images: first queries whose nearest is of their class, then others."""
     train, test = images.labelled
     queries = fixed_sample(len(test), MAPPED)
-    positions = knn_neighbours(evidence.train, evidence.test[queries], NEIGHBOURS)[1]
+    positions = knn_neighbors(evidence.train, evidence.test[queries], NEIGHBORS)[1]
     right = train.labels[positions[:, 0]] == test.labels[queries]
 
-    def shown(split: Images, position: int, label: int) -> Neighbour:
+    def shown(split: Images, position: int, label: int) -> Neighbor:
         own = int(split.labels[position])
         source = figures.thumbnail(split[[position]].pixels[0].cpu())
-        return Neighbour(source, images.classes[own], split.name(position), own == label)
+        return Neighbor(source, images.classes[own], split.name(position), own == label)
 
     rows = []
     for row in [*right.nonzero().flatten()[:GALLERY].tolist(), *(~right).nonzero().flatten()[:GALLERY].tolist()]:

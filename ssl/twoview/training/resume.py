@@ -39,8 +39,8 @@ def check_resume(
     Args:
         stopped: the checkpoint.
         module: the module that will load its state.
-        conditions: of the present run.
-        run_dir: for messages.
+        conditions: conditions of the present run.
+        run_dir: folder of the run, for messages.
         exact: refuse differing conditions instead of logging them.
 
     Raises:

@@ -48,7 +48,7 @@ class RunSettings:
 
     Args:
         run_dir: folder for everything that is written; created if missing.
-        seed: of initialization, image order, augmentation and held-out split, from 0 to 2^32 - 1.
+        seed: seed of initialization, image order, augmentation and held-out split, from 0 to 2^32 - 1.
         loggers: Lightning loggers, by name or as a sequence.
         resume: continue from the last checkpoint in ``run_dir``, if there is one.
         exact: refuse to resume where the result could differ from that of an uninterrupted run: other data, seed, batch

@@ -105,7 +105,7 @@ def choose_precision(precision: str, network: nn.Module, device: torch.device) -
         precision: "auto", "32-true", "bf16-mixed" or "16-mixed". "auto" is bf16 autocast where the device supports it
             natively, except on a CPU for networks of mostly depthwise convolutions, which bf16 slows down; else fp32.
         network: the network.
-        device: where it will be trained.
+        device: device that it will be trained on.
 
     Raises:
         UserError: an unknown precision, or fp16 on a CPU, where one batch takes minutes.

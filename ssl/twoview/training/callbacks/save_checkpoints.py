@@ -14,7 +14,7 @@ class SaveCheckpoints(L.Callback):
     """Writes ``last.ckpt`` after every check and at the end of the run, ``best.ckpt`` whenever the score improves.
 
     Args:
-        folder: where they are written.
+        folder: folder of the checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:

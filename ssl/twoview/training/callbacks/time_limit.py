@@ -18,7 +18,7 @@ class TimeLimit(L.Callback):
     the time.
 
     Args:
-        seconds: for training, > 0.
+        seconds: time limit of training in seconds, > 0.
     """
 
     warm_up, timed = 10, 50
