@@ -1,4 +1,4 @@
-"""Two augmented views of every image, in batches on the device of the images."""
+"""Random augmentation that makes two views of each image, in batches on the device of the images."""
 
 from twoview.augment.recipe import ViewRecipe
 from twoview.augment.two_views import TwoViews, derive_seed

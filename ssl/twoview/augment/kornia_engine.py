@@ -1,4 +1,4 @@
-"""The operations of a view as Kornia modules."""
+"""The random operations of a view, implemented by Kornia."""
 
 from kornia import augmentation as K
 from torch import nn
@@ -7,22 +7,22 @@ from twoview.augment.recipe import ViewRecipe
 
 
 def kornia_operations(recipe: ViewRecipe, image_size: int) -> nn.Sequential:
-    """Build the operations of a recipe.
+    """Build the operations of a recipe as one module.
 
-    Each equals the operation of torchvision at the same parameters; the crop has no antialiasing. The order of the four
-    color operations is drawn once a batch, all other parameters for each image.
+    Each operation equals the torchvision operation with the same parameters. The crop is resized without antialiasing.
+    The order of the four color operations is drawn once per batch; all other parameters are drawn for each image.
 
     Args:
-        recipe: parameters of the operations; those with probability or strength 0 are left out.
+        recipe: parameters of the operations; operations with probability 0 or strength 0 are left out.
         image_size: height and width of the view in pixels.
 
     Returns:
-        A module that maps fp32 ``[N, C, H, W]`` in [0, 1] to ``[N, C, image_size, image_size]`` in [0, 1].
+        A module that maps fp32 ``[N, C, H, W]`` in [0, 1] to fp32 ``[N, C, image_size, image_size]`` in [0, 1].
     """
     brightness, contrast, saturation, hue = recipe.jitter
     kernel = max(3, image_size // 10 | 1)
     operations: list[nn.Module] = [
-        # "slice" equals torchvision.transforms.functional.resized_crop without antialiasing to the last bit.
+        # The mode "slice" equals torchvision.transforms.functional.resized_crop without antialiasing, bit for bit.
         K.RandomResizedCrop(
             (image_size, image_size),
             tuple(recipe.crop_scale),

@@ -1,4 +1,4 @@
-"""Which random operations make a view, independent of the library that computes them."""
+"""Parameters of the random operations of a view, independent of the library that implements the operations."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,21 @@ class ViewRecipe:
     Args:
         crop_scale: smallest and largest area of a crop as a share of the image, in (0, 1].
         crop_ratio: smallest and largest aspect ratio (width / height) of a crop, > 0.
-        interpolation: how the crop is resized, "bilinear" or "bicubic".
-        flip_p: probability of a horizontal flip.
-        jitter: strengths of brightness, contrast, saturation (factors are drawn from 1 - x to 1 + x) and hue (in turns,
-            up to 0.5).
-        jitter_p: probability of color jitter.
-        gray_p: probability of grayscale conversion.
-        blur_p: probability of a Gaussian blur, whose kernel is a tenth of the view (odd, at least 3 pixels).
+        interpolation: interpolation of the resized crop, "bilinear" or "bicubic".
+        flip_p: probability of a horizontal flip, in [0, 1].
+        jitter: strengths of brightness, contrast, saturation and hue, >= 0. For a strength x, the factors of
+            brightness, contrast and saturation are drawn from [1 - x, 1 + x]. The shift of the hue is drawn from
+            [-x, x] turns of the color circle, with x <= 0.5.
+        jitter_p: probability of color jitter, in [0, 1].
+        gray_p: probability of grayscale conversion, in [0, 1].
+        blur_p: probability of a Gaussian blur, in [0, 1]. The kernel size is a tenth of the view size, made odd, and at
+            least 3 pixels.
         blur_sigma: smallest and largest standard deviation of the blur in pixels, > 0.
-        solarize_p: probability of inverting all values above one half (BYOL, arXiv:2006.07733, appendix B).
+        solarize_p: probability of solarization, in [0, 1]. Solarization inverts all values above one half (BYOL,
+            arXiv:2006.07733, appendix B).
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
 
     Example:
         >>> ViewRecipe(blur_p=0.0).adjusted(channels=1, allow_flip=True, min_crop_area=0.3).jitter
@@ -49,7 +52,7 @@ class ViewRecipe:
     solarize_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # equal recipes compare equal, whether they came as lists or as tuples
+        for field in fields(self):  # lists become tuples, so that recipes with equal values are equal
             if isinstance(value := getattr(self, field.name), Sequence) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
         for knob in _PROBABILITIES:
@@ -65,12 +68,12 @@ class ViewRecipe:
         require_choice("augment", ("bilinear", "bicubic"), interpolation=self.interpolation)
 
     def adjusted(self, channels: int, allow_flip: bool, min_crop_area: float) -> Self:
-        """The recipe without the operations that do not suit the images.
+        """Return a copy without the operations that do not suit the images.
 
         Args:
-            channels: C of the images; saturation, hue and grayscale need three.
+            channels: number of channels C of the images; saturation, hue and grayscale need three channels.
             allow_flip: whether horizontal flips preserve the meaning of the images.
-            min_crop_area: smallest share of the area that a crop may have.
+            min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
         """
         low, high = self.crop_scale
         changes: dict[str, Any] = {"crop_scale": (max(low, min_crop_area), max(high, min_crop_area))}
@@ -81,10 +84,13 @@ class ViewRecipe:
         return replace(self, **changes)
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
-        """The recipe with some values replaced, as ``augment.view_b`` does.
+        """Return a copy with some values replaced; ``augment.view_b`` is applied in this way.
+
+        Args:
+            changes: new values by name of the field.
 
         Raises:
-            UserError: an unknown name, or a value out of range.
+            UserError: a name is unknown, or a value is out of range.
         """
         names = [field.name for field in fields(self)]
         unknown = ", ".join(sorted(changes.keys() - set(names)))

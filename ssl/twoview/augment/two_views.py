@@ -1,4 +1,4 @@
-"""Two augmented views of every image of a batch."""
+"""Two augmented views of each image of a batch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,23 +17,27 @@ log = logging.getLogger(__name__)
 
 
 class TwoViews(nn.Module):
-    """Two random views of each image of a batch, with parameters drawn for every image and view.
+    """Make two random views of each image of a batch.
 
-    Operations that do not suit the images are left out: saturation, hue and grayscale need three channels, and
-    ``allow_flip`` and ``min_crop_area`` limit flips and crops. Changes of the recipe are logged at level DEBUG.
+    Random parameters are drawn separately for each image and each view. Only the order of the color operations is
+    common to all images of a batch. The recipe is adjusted to the images: saturation, hue and grayscale are left out
+    unless there are three channels, flips are left out if ``allow_flip`` is False, and no crop is smaller than
+    ``min_crop_area``. These adjustments are logged at level DEBUG.
 
     Args:
         image_size: height and width of the views in pixels.
-        channels: C of the images.
-        mean: C channel means of the images, in [0, 1].
-        std: C channel standard deviations of the images, > 0, on the same scale.
-        view_b: what differs for the second view, such as ``{"blur_p": 0.1, "solarize_p": 0.2}``; empty for nothing.
+        channels: number of channels C of the images.
+        mean: mean of each of the C channels, in [0, 1].
+        std: standard deviation of each of the C channels on the same scale, > 0.
+        view_b: fields of the recipe that differ for the second view, such as ``{"blur_p": 0.1, "solarize_p": 0.2}``;
+            empty if both views use the same recipe.
         allow_flip: whether horizontal flips preserve the meaning of the images.
-        min_crop_area: smallest share of the area that a crop may have, in [0, 1].
-        recipe: parameters of :class:`twoview.augment.ViewRecipe`, such as ``blur_p=0.0``.
+        min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
+        recipe: fields of :class:`twoview.augment.ViewRecipe`, such as ``blur_p=0.0``.
 
     Raises:
-        UserError: a value out of range, or an unknown name of the recipe.
+        UserError: ``min_crop_area``, a field of the recipe or a value of ``view_b`` is out of range, or ``view_b`` has
+            an unknown name.
 
     Example:
         >>> views = TwoViews(image_size=24, channels=3, mean=[0.5] * 3, std=[0.25] * 3, blur_p=0.0)
@@ -70,7 +74,12 @@ class TwoViews(nn.Module):
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def with_recipe(self, **recipe: Any) -> Self:
-        """Views of the same images by another recipe; arguments as for the constructor, which ``limits`` default to."""
+        """Return an object that makes views of the same images with another recipe.
+
+        Args:
+            recipe: arguments of the constructor. ``view_b`` and the fields of the recipe default to the defaults of the
+                constructor, all other arguments to the values of this object.
+        """
         normalization = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
         return type(self)(**{"image_size": self.image_size, **normalization, **self.limits, **recipe})
 
@@ -80,15 +89,16 @@ class TwoViews(nn.Module):
 
         Args:
             pixels: uint8 ``[N, C, H, W]``.
-            key: integers >= 0 that determine the random parameters, such as (seed, batch counter, rank); None draws
-                from torch's global generator. With a key, the state of that generator is not changed.
+            key: integers >= 0 that determine the random parameters, such as (seed, batch counter, rank). With a key,
+                the state of torch's global generator does not change. None draws from the global generator.
 
         Returns:
-            Two fp32 ``[N, C, image_size, image_size]``, normalized by ``mean`` and ``std``.
+            The first and the second view of each image, fp32 ``[N, C, image_size, image_size]`` each, normalized by
+            ``mean`` and ``std``.
 
         Raises:
-            TypeError: pixels that are not uint8.
-            ValueError: another number of channels.
+            TypeError: ``pixels`` is not uint8.
+            ValueError: ``pixels`` does not have four dimensions, or has another number of channels.
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"TwoViews takes uint8 images in [0, 255], not {pixels.dtype}")
@@ -115,7 +125,13 @@ class TwoViews(nn.Module):
 
 
 def derive_seed(key: Sequence[int]) -> int:
-    """One seed from several integers >= 0, by a hash, so that neighboring keys give unrelated random streams.
+    """Derive one seed from several integers by a hash, so that similar keys give unrelated random streams.
+
+    Args:
+        key: integers >= 0, such as (seed, epoch).
+
+    Returns:
+        An integer in [0, 2^63).
 
     Example:
         >>> derive_seed((0, 1)) == derive_seed((0, 1)), derive_seed((0, 1)) == derive_seed((1, 0))

@@ -1,4 +1,4 @@
-"""Images as square uint8 tensors with labels, from named data sets, files, and a user's own Dataset."""
+"""Images as square uint8 tensors with labels, from named data sets, image files or a torch Dataset."""
 
 from twoview.data.decode import square
 from twoview.data.folder import folder

@@ -1,4 +1,4 @@
-"""Decoding of one image of any kind to a square of uint8."""
+"""Decoding of one image in any supported form to a square uint8 tensor."""
 
 import io
 import warnings
@@ -15,13 +15,20 @@ from torch.nn import functional as F
 _FOREIGN = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _FOREIGN} | {".npy"}
 Shape = tuple[int, int, int]
-_FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}  # by the first two bytes of the file
-# Names in Image.Transpose, by the EXIF value of the orientation, from 2 to 8; 1 is upright.
+_FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}  # Pillow's formats by the first two bytes of the file
+# Members of Image.Transpose for the EXIF orientations 2 to 8; orientation 1 is upright.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 def luma(pixels: Tensor) -> Tensor:
-    """Convert RGB to luma (ITU-R BT.601): ``[..., 3, H, W]`` of any range to fp32 ``[..., 1, H, W]`` of that range."""
+    """Convert RGB to luma (ITU-R BT.601).
+
+    Args:
+        pixels: ``[..., 3, H, W]`` of any dtype and range.
+
+    Returns:
+        fp32 ``[..., 1, H, W]`` in the same range.
+    """
     return (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
@@ -29,24 +36,28 @@ def square(item: Any, size: int, channels: int) -> Tensor:
     """Decode an image, resize its short side to ``size`` and crop the center square.
 
     Args:
-        item: path or bytes of an image file (any format that Pillow reads, multi-channel TIFF, or ``.npy``), a PIL
-            image, or an array or tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` of uint8, uint16 (scaled by 1/257)
-            or floats in [0, 1].
+        item: an image in one of these forms:
+
+            * path or bytes of an image file, in a format that Pillow reads, as multi-channel TIFF or as ``.npy``;
+            * PIL image;
+            * array or tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` of uint8, of uint16 (scaled by 1 / 257) or of
+              floats in [0, 1].
         size: height and width of the result in pixels.
-        channels: 1 (luma), 3 (RGB, with alpha composited over white), 4 (RGBA or CMYK, unchanged), or the number of
-            channels of an array.
+        channels: number of channels of the result: 1 (luma), 3 (RGB; transparent images are blended with white), 4
+            (RGBA or CMYK, unchanged), or the number of channels of an array.
 
     Returns:
         uint8 ``[channels, size, size]``.
 
     Raises:
-        OSError, ValueError, SyntaxError, or any other error of Pillow: the file is damaged or not an image.
+        OSError, ValueError, SyntaxError, or any other error of Pillow: the image cannot be decoded, or its dtype, range
+            or number of channels is not supported.
     """
     return square_and_shape(item, size, channels)[0]
 
 
 def square_and_shape(item: Any, size: int, channels: int) -> tuple[Tensor, Shape]:
-    """Return what :func:`square` returns, and the original height, width and number of channels."""
+    """Decode an image as :func:`square` does, and also return its original height, width and number of channels."""
     if isinstance(item, str | Path):
         with open(item, "rb") as handle:
             return _square_of_file(handle, size, channels)
@@ -66,13 +77,13 @@ def _square_of_file(handle: BinaryIO, size: int, channels: int) -> tuple[Tensor,
         return _square_of_array(np.load(handle, allow_pickle=False), size, channels)
     tiff = begins[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # keep Pillow's size limit
-        warnings.filterwarnings("ignore", category=UserWarning)  # about malformed metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # reject files above Pillow's size limit
+        warnings.filterwarnings("ignore", category=UserWarning)  # warnings about malformed metadata
         try:
             # Without formats=, Pillow tries about fifty decoders in turn.
             with Image.open(handle, formats=_FORMATS.get(begins[:2])) as image:
                 if tiff and channels not in (1, 3) and image.mode not in ("RGBA", "CMYK"):
-                    raise ValueError(f"mode {image.mode} does not have {channels} channels")  # tifffile reads them all
+                    raise ValueError(f"mode {image.mode} does not have {channels} channels")  # caught below
                 return _square_of_image(image, size, channels)
         except (OSError, ValueError):
             if not tiff:
@@ -86,7 +97,7 @@ def _square_of_image(image: Image.Image, size: int, channels: int) -> tuple[Tens
     if image.format == "JPEG" and image.mode == "RGB":
         image.draft("RGB", (size, size))  # libjpeg decodes at a reduced size
     turned = _turn_upright(image)
-    if turned.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip these to white
+    if turned.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip such values to white
         values = np.asarray(turned)
         if turned.mode.startswith("I") and not 0 <= values.min() <= values.max() < 2**16:
             raise ValueError(f"integers from {values.min()} to {values.max()}: give uint16, or floats in [0, 1]")
@@ -102,7 +113,7 @@ def _square_of_image(image: Image.Image, size: int, channels: int) -> tuple[Tens
     short, (width, height) = min(turned.size), turned.size
     left, top = (width - short) // 2, (height - short) // 2
     box = (left, top, left + short, top + short)
-    # Pillow's 8-bit resize equals that of _fit within rounding and is several times faster.
+    # Pillow's 8-bit resize equals the resize in _fit up to rounding and is several times faster.
     pixels = np.array(plain.crop(box) if short == size else plain.resize((size, size), Image.Resampling.BILINEAR, box))
     return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous(), shape
 
@@ -110,7 +121,7 @@ def _square_of_image(image: Image.Image, size: int, channels: int) -> tuple[Tens
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata do not make an image unreadable
+    except Exception:  # an image with damaged metadata is still readable
         orientation = 1
     return image.transpose(Image.Transpose[_TURNS[orientation - 2]]) if 2 <= orientation <= 8 else image
 
@@ -127,12 +138,12 @@ def _read_tiff(handle: BinaryIO) -> np.ndarray:
         return np.asarray(tifffile.imread(handle))
     except ImportError:
         raise ValueError('TIFF with many channels needs: pip install "twoview[tiff]"') from None
-    except Exception as error:  # tifffile raises its own classes
+    except Exception as error:  # tifffile raises its own exception classes
         raise ValueError(f"damaged TIFF ({error})") from error
 
 
 def _array(pixels: np.ndarray, channels: int, last: bool = False) -> Tensor:
-    """Convert an array of any layout and depth to float ``[C, H, W]`` in [0, 255]; ``last``: channels come last."""
+    """Convert an array of any layout and depth to float ``[C, H, W]`` in [0, 255]; ``last`` means channels last."""
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim != 3:

@@ -1,4 +1,4 @@
-"""Images in folders of any nesting, labelled or not, and in lists of files."""
+"""Images in folders of any nesting and in lists of files, with or without labels."""
 
 import csv
 import logging
@@ -20,7 +20,7 @@ SPLIT_NAMES = {"train", "training", "test", "val", "valid", "validation"}
 
 
 class Paths(Sequence[str]):
-    """File names in one array of bytes; every worker would copy a list of strings, page by page."""
+    """Paths in one array of bytes, which loader processes share; each process would copy a list of strings."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
@@ -39,19 +39,19 @@ class Paths(Sequence[str]):
 
 
 def folder(root: Places, eval_root: Places | None = None, **options: Any) -> ImageData:
-    """Load images from folders or lists of files, labelled or not.
+    """Load images from folders or lists of files, with or without labels.
 
-    The label of an image is the first folder below ``root`` on its path, if there are at least two such folders and no
-    images directly in ``root``.
+    The folders directly in ``root`` are the classes if at least two of them contain images and no image lies directly
+    in ``root``. Otherwise the images of a folder have no labels.
 
     Args:
-        root: folder of images, of any nesting; or a ``.txt`` file with a path per line; or a ``.csv`` file with the
-            columns path and, optionally, label; or a list of these.
-        eval_root: the same for labelled test images.
+        root: folder of images, of any nesting; or a ``.txt`` file with one path per line; or a ``.csv`` file with the
+            column ``path`` and optionally the column ``label``; or a list of these.
+        eval_root: labelled test images, in the same forms as ``root``. None holds out a fifth of the labelled images.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: no images there, or too many of them unreadable.
+        UserError: there are no images, or too many images are unreadable.
     """
     return load_splits(_list, root, eval_root, "folder", LoadSettings(**options))
 

@@ -1,4 +1,4 @@
-"""The images of a run: one split to pretrain on, two labelled splits for the evaluation; from a user's own Dataset."""
+"""All images of a run: a split for pretraining, and labelled training and test splits for the evaluation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,22 +19,23 @@ class ImageData:
 
     Args:
         pretrain: images to pretrain on; only supervised methods use their labels.
-        train: labelled images for the evaluation, often the same object as ``pretrain``; None for no evaluation.
-        test: labelled images, read once, for the final table; None for no evaluation.
+        train: labelled training images of the evaluation, often the same object as ``pretrain``; None for no
+            evaluation.
+        test: labelled test images of the evaluation, whose labels are read once; None for no evaluation.
         classes: names of the classes.
-        batch_size: global batch size of pretraining, over all ranks, before accumulation; also the number of images at
-            a time in evaluation.
+        batch_size: global batch size of pretraining, over all ranks, before accumulation; also the batch size of the
+            evaluation.
         name: name of the data set, for reports.
         allow_flip: whether horizontal flips preserve the meaning of the images.
-        min_crop_area: smallest share of the area of an image, in [0, 1], that a crop may have.
-        image_size: height and width of the network's input in pixels; None for those of the images.
+        min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
+        image_size: height and width of the network's input in pixels; None for the size of the stored images.
 
     Attributes:
         channels: number of channels C.
         broken: name of each file that could not be read, and the reason.
 
     Raises:
-        UserError: labels out of range.
+        UserError: a label of ``train`` or ``test`` is out of range.
     """
 
     def __init__(  # noqa: PLR0913
@@ -63,7 +64,7 @@ class ImageData:
         """Labelled training and test images.
 
         Raises:
-            UserError: there are none.
+            UserError: there are no labelled images.
         """
         if self.train is None or self.test is None:
             raise UserError(f"data: {self.name} has no labels to fit and test a probe with; give labelled images")
@@ -71,7 +72,7 @@ class ImageData:
 
     @cached_property
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over the images to pretrain on, on the scale [0, 1]."""
+        """Mean and standard deviation of each channel over the pretraining images, on the scale [0, 1]."""
         mean, mean_square = self.pretrain.statistics()[:, :2].mean(0)
         return mean.tolist(), (mean_square - mean**2).clamp(min=1e-6).sqrt().tolist()
 
@@ -86,21 +87,26 @@ class ImageData:
         return None if self.test is None else _hash(self.test)
 
     def view_limits(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> dict[str, Any]:
-        """Return what the augmentation depends on, as keyword arguments of :class:`twoview.augment.TwoViews`.
+        """Return the arguments of :class:`twoview.augment.TwoViews` that depend on the images.
 
         Args:
-            mean: mean of each channel to normalize with, on the scale [0, 1]; None for that of these images.
-            std: standard deviation of each channel, likewise.
+            mean: mean of each channel for the normalization, on the scale [0, 1]; None for the mean of these images.
+            std: standard deviation of each channel on the same scale; None for the standard deviation of these images.
+
+        Returns:
+            ``image_size``, ``channels``, ``mean``, ``std``, ``allow_flip`` and ``min_crop_area``.
         """
         mean, std = mean or self.mean_std[0], std or self.mean_std[1]
         size = {"image_size": self.image_size, "channels": self.channels, "mean": mean, "std": std}
         return {**size, "allow_flip": self.allow_flip, "min_crop_area": self.min_crop_area}
 
     def hide_labels(self, positions: Tensor) -> None:
-        """Set the labels of some images to -1 in ``pretrain``, so that hyper-parameters can be chosen on them.
+        """Set the labels of held-out images to -1 in ``pretrain``, so that these images can be used for choices.
+
+        Nothing changes if ``train`` is a different set of images than the labelled part of ``pretrain``.
 
         Args:
-            positions: int64, positions in ``train``.
+            positions: int64 ``[M]``, positions of the held-out images in ``train``.
         """
         known = torch.nonzero(self.pretrain.labels >= 0).flatten()
         if self.train is not None and len(known) == len(self.train):  # the same images, in the same order
@@ -115,7 +121,7 @@ def _hash(*splits: Images) -> str:
 
 
 class Items(Sequence[Any]):
-    """Images of a user's Dataset, whose items are images or tuples that begin with one."""
+    """Images of a torch Dataset whose items are images or tuples that begin with an image."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -137,20 +143,23 @@ def from_dataset(
     store_size: int | None = None,
     num_workers: int = 0,
 ) -> ImageData:
-    """Read the images of your own torch Dataset, whose items are images or tuples ``(image, label)``.
+    """Read the images of a torch Dataset whose items are images or tuples ``(image, label)``.
+
+    The evaluation needs labels in both ``dataset`` and ``test``.
 
     Args:
-        dataset: Dataset with ``len()``; images are what :func:`twoview.data.square` takes, labels are integers.
+        dataset: Dataset with ``len()``. An image has any form that :func:`twoview.data.square` takes; a label is an
+            integer.
         image_size: height and width of the network's input in pixels.
         channels: number of channels C.
         batch_size: global batch size of pretraining.
-        test: another such Dataset, labelled, to test on; None for no evaluation.
+        test: labelled Dataset of test images, in the same form; None for no evaluation.
         store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
             times ``image_size``.
         num_workers: number of loader processes.
 
     Raises:
-        UserError: the items are of another kind, or a size is too small.
+        UserError: the first item is not an image or a tuple of image and label, or a size is too small.
     """
     size = stored_size(image_size, store_size)
 

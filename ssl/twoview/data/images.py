@@ -1,4 +1,4 @@
-"""Images of one split, in memory or decoded on access; image statistics, and splits of labels."""
+"""Images of one split, in memory or decoded on access; image statistics and held-out splits."""
 
 import copy
 import logging
@@ -20,7 +20,13 @@ WINDOW = 32  # number of blocks whose images are shuffled together
 
 
 class Batch(NamedTuple):
-    """A batch: ``pixels`` uint8 ``[N, C, H, W]``, ``ids`` int64 ``[N]``, ``labels`` int64 ``[N]``, -1 where unknown."""
+    """A batch of images.
+
+    Attributes:
+        pixels: uint8 ``[N, C, H, W]``.
+        ids: int64 ``[N]``, positions of the images in their split.
+        labels: int64 ``[N]``, -1 where unknown.
+    """
 
     pixels: Tensor
     ids: Tensor
@@ -29,22 +35,23 @@ class Batch(NamedTuple):
 
 @dataclass
 class TensorImages(Dataset[Batch]):
-    """Images of one split in one tensor. Indexing takes a sequence of positions and returns a :class:`Batch`.
+    """Images of one split in one tensor; indexing by a sequence of positions returns a :class:`Batch`.
 
     Args:
         pixels: uint8 ``[N, C, S, S]``.
         labels: int64 ``[N]``, -1 where unknown.
-        blocks: int64 ``[N]``, the block that each image was stored in, or None. The order of training depends on it,
-            and is the same whether or not the images fit in memory.
-        names: name of each image, such as the path of its file.
-        known_statistics: what :meth:`statistics` returns, where it has been computed before.
+        blocks: int64 ``[N]``, index of the storage block that held each image, such as a Parquet row group; None if
+            there are no blocks. Training shuffles by block, so that the order is the same for images in memory and for
+            images decoded on access.
+        names: name of each image, such as the path of its file; None if the images have no names.
+        known_statistics: result of :meth:`statistics` if it is already known, else None.
 
     Attributes:
         channels: number of channels C.
         size: height and width S of the images in pixels.
 
     Raises:
-        UserError: ``pixels`` has another dtype or shape, or the number of labels differs.
+        UserError: ``pixels`` has another dtype or shape, or the number of labels is not N.
     """
 
     pixels: Tensor
@@ -76,7 +83,7 @@ class TensorImages(Dataset[Batch]):
         return TensorImages(self.pixels[positions], self.labels[positions], blocks, names)
 
     def name(self, position: int) -> str:
-        """Return the name of the image at a position, or "image N" if it has none."""
+        """Return the name of the image at a position, or "image POSITION" if the images have no names."""
         return f"image {position}" if self.names is None else self.names[position]
 
     def with_labels(self, labels: Tensor) -> "TensorImages":
@@ -91,12 +98,12 @@ class TensorImages(Dataset[Batch]):
 
 
 class LazyImages(Dataset[Batch]):
-    """Images of one split that are decoded on access; the counterpart of :class:`TensorImages`.
+    """Images of one split that are decoded on access, with the interface of :class:`TensorImages`.
 
     Args:
-        source: sequence of what :func:`twoview.data.square` takes. A source that is read in blocks has an attribute
-            ``starts``, the position of the first image of each block; a source that can name its images, for messages,
-            has a method ``name(position)``.
+        source: sequence of images in any form that :func:`twoview.data.square` takes. It may have an attribute
+            ``starts``, the position of the first image of each storage block, and a method ``name(position)``, which
+            returns the name of an image for messages.
         labels: int64 ``[N]``, -1 where unknown.
         size: height and width of the decoded images in pixels.
         channels: number of channels C.
@@ -105,7 +112,7 @@ class LazyImages(Dataset[Batch]):
 
     def __init__(self, source: Sequence[Any], labels: Tensor, size: int, channels: int, num_workers: int = 0) -> None:
         self.source, self.labels, self.size, self.channels = source, labels, size, channels
-        self.num_workers, self.positions = num_workers, torch.arange(len(source))  # int64 [N], in the source
+        self.num_workers, self.positions = num_workers, torch.arange(len(source))  # int64 [N], in source
         self.known_statistics: Tensor | None = None  # float64 [N, 3, C], once all images have been read
 
     def __len__(self) -> int:
@@ -117,7 +124,7 @@ class LazyImages(Dataset[Batch]):
 
     @property
     def blocks(self) -> Tensor | None:
-        """Block that each image is stored in, int64 ``[N]``; None if images can be read in any order at equal cost."""
+        """Index of the storage block that holds each image, int64 ``[N]``; None if the source has no blocks."""
         starts = getattr(self.source, "starts", None)
         return None if starts is None else torch.bucketize(self.positions, torch.as_tensor(starts), right=True)
 
@@ -129,7 +136,7 @@ class LazyImages(Dataset[Batch]):
         return part
 
     def name(self, position: int) -> str:
-        """Return the name of the image at a position, such as its path, or "item N" if the source has no names."""
+        """Return the name of the image at a position, or "item POSITION" if the source has no names."""
         where = int(self.positions[position])
         return str(self.source.name(where)) if hasattr(self.source, "name") else f"item {where}"
 
@@ -146,7 +153,7 @@ class LazyImages(Dataset[Batch]):
         return self.known_statistics
 
     def _decode(self, position: int) -> Tensor:
-        # All images were readable before training. One that is damaged since then is replaced by the next readable one.
+        # All images were readable before training. An image that has become unreadable is replaced by the next one.
         for step in range(min(16, len(self))):
             near = (position + step) % len(self)
             try:
@@ -167,8 +174,8 @@ def image_statistics(pixels: Tensor) -> Tensor:
         pixels: uint8 ``[N, C, H, W]``.
 
     Returns:
-        float64 ``[N, 3, C]``: the mean, the mean square, and the mean weighted by fixed random weights per pixel. The
-        last one differs between an image and its flipped or rotated copy.
+        float64 ``[N, 3, C]``: the mean, the mean square, and the mean after multiplication of each pixel by a fixed
+        random weight. This last mean differs between an image and its flipped or rotated copy.
     """
     weights = torch.rand(pixels.shape[2:].numel(), generator=torch.Generator().manual_seed(0))
     known = []
@@ -180,15 +187,18 @@ def image_statistics(pixels: Tensor) -> Tensor:
 
 
 def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split positions into two parts, fixed by ``seed`` and stratified by class if the parts are large enough.
+    """Split the positions of images into two random parts.
+
+    The split is stratified by class if each class has at least two images and the second part has at least as many
+    images as there are classes.
 
     Args:
         labels: int64 ``[N]``.
-        share: share of the second part, in (0, 1).
+        share: share of the images that the second part gets, in (0, 1).
         seed: seed of the split.
 
     Returns:
-        int64 positions ``[N - n]`` and ``[n]``, ascending.
+        Positions of the first part, int64 ``[N - n]``, and of the second part, int64 ``[n]``, both ascending.
 
     Raises:
         ValueError: a part would be empty.
@@ -202,16 +212,16 @@ def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tenso
 
 
 def split_holdout(labels: Tensor, share: float, seed: int, knob: str = "eval.holdout") -> tuple[Tensor, Tensor]:
-    """Split positions into those to fit on and those held out; see :func:`split_labels`.
+    """Split the positions of images into a part to fit on and a held-out part, as :func:`split_labels` does.
 
     Args:
         labels: int64 ``[N]``.
-        share: share that is held out, in (0, 1).
+        share: share of the images that is held out, in (0, 1).
         seed: seed of the split.
-        knob: name of the knob that ``share`` comes from, for the error message.
+        knob: name of the knob that sets ``share``, for the error message.
 
     Returns:
-        int64 positions ``[N - h]`` and ``[h]``, ascending.
+        Positions of the part to fit on, int64 ``[N - n]``, and of the held-out part, int64 ``[n]``, both ascending.
 
     Raises:
         UserError: a part would be empty.
@@ -223,11 +233,24 @@ def split_holdout(labels: Tensor, share: float, seed: int, knob: str = "eval.hol
 
 
 def fixed_sample(size: int, limit: int) -> Tensor:
-    """Positions of at most ``limit`` of ``size`` images, int64, in a fixed random order: files are sorted by class."""
+    """Draw positions of images in a fixed random order, since the first images may all be of one class.
+
+    Args:
+        size: number of images.
+        limit: largest number of positions.
+
+    Returns:
+        int64 ``[min(size, limit)]``.
+    """
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 def in_order(images: Images, batch_size: int = 512) -> DataLoader[Batch]:
-    """Return a loader of all images in their order, for evaluation and statistics."""
+    """Return a loader of all images in their order, for evaluation and statistics.
+
+    Args:
+        images: images of one split.
+        batch_size: number of images per batch; the last batch may be smaller.
+    """
     chunks: Any = list(torch.arange(len(images)).split(batch_size))
     return DataLoader(images, batch_size=None, sampler=chunks, num_workers=images.num_workers)

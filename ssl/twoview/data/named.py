@@ -1,4 +1,4 @@
-"""Data sets by name: scikit-learn's digits, those of torchvision, and noise."""
+"""Data sets by name: the digits of scikit-learn, three data sets of torchvision, and noise."""
 
 import urllib.request
 from contextlib import suppress
@@ -19,14 +19,21 @@ STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 def digits(
     image_size: int = 32, channels: int = 1, batch_size: int = 128, allow_flip: bool = False, min_crop_area: float = 0.3
 ) -> ImageData:
-    """Load scikit-learn's 1,797 handwritten digits of 8x8 pixels, with a fixed stratified split of 1,347 and 450.
+    """Load scikit-learn's 1,797 handwritten digits of 8x8 pixels.
+
+    A fixed split, stratified by class, gives 1,347 training and 450 test images.
 
     Args:
-        image_size: height and width after resizing in pixels.
+        image_size: height and width in pixels that the images are resized to.
         channels: 1 or 3.
         batch_size: global batch size of pretraining.
-        allow_flip: whether horizontal flips preserve the meaning of the images; a flipped digit is another one or none.
-        min_crop_area: smallest share of the area of an image that a crop may have; smaller parts of digits look alike.
+        allow_flip: whether horizontal flips preserve the meaning of the images; a flipped digit is another digit or no
+            digit.
+        min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1]; smaller parts of
+            different digits look alike.
+
+    Raises:
+        UserError: ``image_size`` is below 8, or ``channels`` is neither 1 nor 3.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -41,14 +48,17 @@ def digits(
 def fake(
     image_size: int = 32, channels: int = 3, batch_size: int = 256, images: int = 2048, classes: int = 10
 ) -> ImageData:
-    """Generate noise for speed tests; its brightness depends slightly on the class, so that there is a signal to learn.
+    """Generate images of noise for speed tests; their mean brightness depends on the class.
 
     Args:
         image_size: height and width in pixels.
-        channels: any number.
+        channels: number of channels, at least 1.
         batch_size: global batch size of pretraining.
-        images: number of training images; there are a quarter as many test images.
+        images: number of training images. The number of test images is a quarter of it, but at least ``classes``.
         classes: number of classes, at least 2.
+
+    Raises:
+        UserError: ``classes`` is below 2.
     """
     require_at_least("data", 2, classes=classes)
     generator = torch.Generator().manual_seed(0)
@@ -68,14 +78,15 @@ def cifar10(
     """Load CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels.
 
     Args:
-        root: folder of ``cifar-10-batches-py``.
+        root: folder that contains ``cifar-10-batches-py``.
         download: whether to download the files to ``root`` if they are missing.
-        image_size: height and width after resizing in pixels.
+        image_size: height and width in pixels that the images are resized to.
         channels: 1 or 3.
         batch_size: global batch size of pretraining.
 
     Raises:
-        UserError: the files are missing and cannot be downloaded.
+        UserError: the files are missing and cannot be downloaded, ``image_size`` is below 8, or ``channels`` is neither
+            1 nor 3.
     """
     return _cifar("cifar10", root, download, image_size, channels, batch_size)
 
@@ -83,16 +94,19 @@ def cifar10(
 def cifar100(
     root: str | Path = "data", download: bool = True, image_size: int = 32, channels: int = 3, batch_size: int = 512
 ) -> ImageData:
-    """Load CIFAR-100 from ``cifar-100-python``; see :func:`cifar10`."""
+    """Load CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels.
+
+    The arguments are those of :func:`cifar10`, except that ``root`` contains the folder ``cifar-100-python``.
+    """
     return _cifar("cifar100", root, download, image_size, channels, batch_size)
 
 
 def stl10(
     root: str | Path = "data", download: bool = True, image_size: int = 96, channels: int = 3, batch_size: int = 256
 ) -> ImageData:
-    """Load STL-10 from ``stl10_binary``; see :func:`cifar10`.
+    """Load STL-10: 100,000 unlabelled images of 96x96 pixels for pretraining, 5,000 training and 8,000 test images.
 
-    There are 100,000 unlabelled images of 96x96 pixels to pretrain on, 5,000 training and 8,000 test images.
+    The arguments are those of :func:`cifar10`, except that ``root`` contains the folder ``stl10_binary``.
     """
 
     def split(name: str) -> TensorImages:
@@ -112,7 +126,7 @@ def _load(name: str, root: str | Path, download: bool, **which: Any) -> Any:
     from torchvision import datasets
 
     kind, root = getattr(datasets, name.upper()), Path(str(root)).expanduser()
-    with suppress(RuntimeError):  # torchvision: the files are missing or corrupted
+    with suppress(RuntimeError):  # raised by torchvision if files are missing or corrupted
         return kind(root, **which)
     advice = f"put its files there, or give your own images with data=folder data.root={root}"
     require(download, f"data.root={root}: {name} is not there and data.download=false; {advice}")

@@ -14,17 +14,18 @@ from twoview.data.images import WINDOW
 from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
 from twoview.errors import UserError, require
 
-CACHE_BYTES = 2**28  # largest size of the row groups that each process caches
+CACHE_BYTES = 2**28  # largest size in bytes of the row groups that each process caches
 
 
 class ParquetImages(Sequence[bytes]):
-    """Encoded images in a column of Parquet files. Row groups are read whole and the latest are cached.
+    """Encoded images in a column of Parquet files; row groups are read as a whole, and the last ones used are cached.
 
     Args:
         files: Parquet files with the same columns.
-        column: name of the column: binary, or a struct with a field ``bytes`` as on the Hugging Face hub.
-        groups: for each row group, the number of its file and its number in that file.
-        starts: position of the first image of each row group, then the number of all images.
+        column: name of the column of images, which is binary or, as on the Hugging Face hub, a struct with a field
+            ``bytes``.
+        groups: for each row group, the index of its file in ``files`` and the index of the row group in that file.
+        starts: int64, position of the first image of each row group, followed by the total number of images.
     """
 
     def __init__(self, files: list[str], column: str, groups: list[tuple[int, int]], starts: np.ndarray) -> None:
@@ -83,19 +84,20 @@ def parquet(
 ) -> ImageData:
     """Load images from Parquet files, as on the Hugging Face hub.
 
-    Images that do not fit in memory are read by row groups: each epoch shuffles the row groups, then the images within
-    every 32 row groups. With several ranks, each rank reads its own share of the row groups.
+    Images that do not fit in memory are read by row group. Each epoch shuffles the row groups, then shuffles the images
+    of every 32 row groups together. With several ranks, each rank reads its own share of the row groups.
 
     Args:
         root: a file, a folder with the ``.parquet`` files of one split, a glob pattern such as
             ``data/train-*.parquet``, or a list of these.
-        eval_root: the same for labelled test images.
-        image_column: name of the column of images; None for "image" or "img".
-        label_column: name of the column of labels; None for "label", "labels" or "fine_label", if there is one.
+        eval_root: labelled test images, in the same forms as ``root``. None holds out a fifth of the labelled images.
+        image_column: name of the column of images; None selects "image" or "img".
+        label_column: name of the column of labels; None selects "label", "labels" or "fine_label" if one of these
+            exists.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: no images there, a column is missing, or too many images are unreadable.
+        UserError: there are no images, a column is missing, too many images are unreadable, or pyarrow is missing.
     """
     find = partial(_read_index, image_column=image_column, label_column=label_column)
     return load_splits(find, root, eval_root, "parquet", LoadSettings(**options))
@@ -108,7 +110,7 @@ def _read_index(root: Places, knob: str, image_column: str | None, label_column:
     except ImportError:
         raise UserError('data=parquet needs: pip install "twoview[parquet]"') from None
     groups, sizes, names = [], [0], []
-    columns: tuple[str, str | None] = ("", None)  # those of the first file
+    columns: tuple[str, str | None] = ("", None)  # columns of the first file
     for number, file in enumerate(files):
         try:
             with pyarrow.parquet.ParquetFile(file) as handle:
@@ -134,7 +136,7 @@ def _columns(schema: Any, knob: str, image: str | None, label: str | None) -> tu
 
 
 def _label_names(column: Any, schema: Any, name: str) -> list[str | None]:
-    """Return class names as the hub declares them, or else the values as text; None for null and negative numbers."""
+    """Return class names of the Hugging Face metadata, else the values as text; None for null and numbers < 0."""
     hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = hub.get("info", {}).get("features", {}).get(name)
     declared = feature.get("names") if isinstance(feature, dict) else None

@@ -1,4 +1,4 @@
-"""Preprocessing of evaluation and deployment, and changes of image size and channels."""
+"""Preprocessing for evaluation and deployment, and conversion of image size and channels."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from twoview.errors import require, require_at_least
 
 
 def fit_size(pixels: Tensor, size: int) -> Tensor:
-    """Resize images, bilinear with antialiasing; images of that size are returned as they are.
+    """Resize images by bilinear interpolation with antialiasing; images that have the size are returned unchanged.
 
     Args:
         pixels: uint8 ``[N, C, H, W]``.
@@ -28,7 +28,7 @@ def fit_size(pixels: Tensor, size: int) -> Tensor:
 
 
 def fit_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Repeat one channel to three, or convert three to their luma (ITU-R BT.601).
+    """Convert one channel to three by repetition, or three channels to one by their luma (ITU-R BT.601).
 
     Args:
         pixels: uint8 ``[N, C, H, W]``.
@@ -38,7 +38,7 @@ def fit_channels(pixels: Tensor, channels: int) -> Tensor:
         uint8 ``[N, channels, H, W]``.
 
     Raises:
-        UserError: any other change of the number of channels.
+        UserError: another change of the number of channels is needed.
     """
     have = pixels.shape[1]
     if have == channels:
@@ -50,7 +50,12 @@ def fit_channels(pixels: Tensor, channels: int) -> Tensor:
 
 
 def stored_size(image_size: int, store_size: int | None) -> int:
-    """Return the height and width in pixels that images are stored at: ``store_size``, or 1.15 times ``image_size``.
+    """Return the height and width in pixels at which images are stored.
+
+    Args:
+        image_size: height and width of the network's input in pixels, at least 8.
+        store_size: height and width of the stored images in pixels, at least ``image_size``; None for 1.15 times
+            ``image_size``.
 
     Raises:
         UserError: a size is too small.
@@ -89,7 +94,8 @@ class Preprocess(nn.Module):
             fp32 ``[N, C, image_size, image_size]``, on the device of this module.
 
         Raises:
-            TypeError: a tensor that is not uint8.
+            TypeError: ``images`` is a tensor that is not uint8.
+            UserError: the number of channels is not C, and the images cannot be converted between 1 and 3 channels.
         """
         channels = len(self.mean)
         if isinstance(images, Image.Image):

@@ -1,4 +1,4 @@
-"""Reading all images of a split once before training: find damaged files, keep the pixels if they fit in memory."""
+"""Read all images of a split once before training: find damaged files, and keep the pixels if they fit in memory."""
 
 import logging
 from collections import Counter
@@ -16,13 +16,13 @@ from twoview.errors import UserError
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # largest number of images that a worker returns at a time
-CHUNK_BYTES = 2**23  # largest size of their pixels
+CHUNK_BYTES = 2**23  # largest size in bytes of the pixels that a worker returns at a time
 
 
 class _Chunk(NamedTuple):
     """Result of reading a chunk of images; ``values`` are the pixels or the statistics of the readable images.
 
-    Arrays instead of tensors, each of which would keep a shared memory file open.
+    The values are an array, because each tensor would keep a shared memory file open.
     """
 
     values: np.ndarray
@@ -63,13 +63,13 @@ def read_all(images: LazyImages, max_broken: float, knob: str, keep: bool) -> tu
     """Decode every image once.
 
     Args:
-        images: all images of a source, in its order.
-        max_broken: largest share of images that may be unreadable.
-        knob: knob that names the source, for messages.
+        images: all images of a source, in the order of the source.
+        max_broken: largest share of the images that may be unreadable, in [0, 1].
+        knob: name of the knob that sets the source, for messages.
         keep: whether to keep the pixels in memory; otherwise only the statistics are kept.
 
     Returns:
-        The readable images, and the name of each unreadable one with the reason.
+        The readable images; and for each unreadable image, its name and the reason.
 
     Raises:
         UserError: too many images are unreadable.

@@ -1,4 +1,4 @@
-"""The splits of a run from images in one or two places, and the search for files there."""
+"""Load images from one or two places, and divide them into the splits of a run."""
 
 import glob
 import logging
@@ -20,11 +20,16 @@ from twoview.errors import require
 
 log = logging.getLogger(__name__)
 
-Places = str | Sequence[str]  # one or several files, folders or patterns
+Places = str | Sequence[str]  # one or several files, folders or glob patterns
 
 
 class Split(NamedTuple):
-    """Images found in one place: a sequence of encoded images, and the class name of each, None where unknown."""
+    """Images found in one place.
+
+    Attributes:
+        source: paths or encoded images.
+        class_names: class name of each image, None where unknown.
+    """
 
     source: Sequence[Any]
     class_names: Sequence[str | None]
@@ -32,7 +37,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How images are loaded; the options of :func:`folder`, :func:`parquet` and :func:`webdataset` in ``twoview.data``.
+    """Settings for loading images, the options of :func:`folder`, :func:`parquet` and :func:`webdataset`.
 
     Args:
         image_size: height and width of the network's input in pixels.
@@ -40,12 +45,13 @@ class LoadSettings:
             times ``image_size``.
         channels: 1, 3, 4, or the number of channels of ``.npy`` and multi-channel TIFF files.
         batch_size: global batch size of pretraining.
-        max_broken: largest share of images that may be unreadable, in [0, 1]; they are left out and listed.
+        max_broken: largest share of the images that may be unreadable, in [0, 1]. Unreadable images are left out and
+            listed.
         memory: largest size in bytes of decoded images to hold in memory; None for a quarter of the free memory. Larger
             data sets are decoded by loader processes in every epoch.
         num_workers: number of loader processes; None for one per core.
         allow_flip: whether horizontal flips preserve the meaning of the images.
-        min_crop_area: smallest share of the area of an image, in [0, 1], that a crop may have.
+        min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
         seed: seed of the test split.
     """
 
@@ -66,11 +72,11 @@ def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str
 
     Args:
         roots: a file, a folder, a glob pattern, or a list of these.
-        knob: knob that ``roots`` comes from, for messages.
-        suffixes: suffixes of shards in a folder.
+        knob: name of the knob that sets ``roots``, for messages.
+        suffixes: suffixes of the names of shards in a folder.
 
     Raises:
-        UserError: no shards there, or shards of several splits in a folder.
+        UserError: a place is not on a local disk, has no shards, or is a folder with the shards of several splits.
     """
     found: list[str] = []
     for root in roots if isinstance(roots, list | tuple) else [roots]:
@@ -97,18 +103,19 @@ def load_splits(
 ) -> ImageData:
     """Load the images of a run.
 
-    Without ``eval_root``, a fixed fifth of the labelled images is held out as the test split. If only ``eval_root`` has
-    labels, its images are split into training and test images of the evaluation instead.
+    Without ``eval_root``, a fixed fifth of the labelled images is held out as the test split. If only the images in
+    ``eval_root`` have labels, they are split into training and test images of the evaluation. With fewer than 10
+    labelled images there is no evaluation.
 
     Args:
-        find: ``find(root, knob)`` lists the images in one place.
+        find: function ``(root, knob) -> Split`` that lists the images in one place.
         root: place of the images to pretrain on.
         eval_root: place of labelled test images, or None.
         name: name of the data set, for reports.
-        settings: see :class:`LoadSettings`.
+        settings: settings for loading images.
 
     Raises:
-        UserError: a size is too small, or too many images are unreadable.
+        UserError: there are no images, a size is too small, or too many images are unreadable.
     """
     size, channels = stored_size(settings.image_size, settings.store_size), settings.channels
     found = {"data.root": find(root, "data.root")}
@@ -139,7 +146,7 @@ def load_splits(
 
 
 def _compare_classes(found: dict[str, Split]) -> None:
-    """Ignore the labels of ``data.root`` if it shares no class with ``data.eval_root``; warn if it lacks some."""
+    """Ignore the labels of ``data.root`` if the two places share no class; warn about missing classes."""
     first, second = found.values()
     ours, theirs = ({name for name in split.class_names if name is not None} for split in (first, second))
     if ours and theirs and not ours & theirs:
@@ -151,7 +158,7 @@ def _compare_classes(found: dict[str, Split]) -> None:
 
 
 def _split(splits: Sequence[Images], seed: int) -> tuple[Images, Images | None, Images | None]:
-    """Return the images to pretrain on, and labelled images to fit and to test probes on, or None."""
+    """Return images to pretrain on, and labelled training and test images; None for the latter two if there are few."""
     known = [torch.nonzero(split.labels >= 0).flatten() for split in splits]
     labelled = [s if len(k) == len(s) else s.subset(k) for s, k in zip(splits, known, strict=True)]
     if len(splits) == 2 and len(labelled[0]) and len(labelled[1]):
@@ -175,7 +182,7 @@ def _free_bytes() -> float:
     with suppress(OSError, ValueError):  # not Linux, or no such limit
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        # A container or a cluster job may be limited to less than the machine has; "max" is no limit and no number.
+        # A container or a cluster job may have a lower limit. Without a limit, the file contains "max": a ValueError.
         limit, used = (float(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
     return min(free, default=4e9)

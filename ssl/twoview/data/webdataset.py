@@ -20,7 +20,8 @@ class TarImages(Sequence[bytes]):
 
     Args:
         files: the shards.
-        where: int64 ``[N, 3]``: for each image, the number of its shard, the offset of its first byte, and its size.
+        where: int64 ``[N, 3]``: for each image, the index of its shard, the offset of its first byte, and its size in
+            bytes.
     """
 
     def __init__(self, files: list[str], where: np.ndarray) -> None:
@@ -31,8 +32,8 @@ class TarImages(Sequence[bytes]):
 
     def __getitem__(self, position: Any) -> Any:
         shard, first, size = (int(number) for number in self.where[position])
-        # The shard is opened for each image: forked workers would share the offset of an open file, and spawned workers
-        # need a source that can be pickled.
+        # Open the shard for each image: forked workers would share the offset of an open file, and an open file cannot
+        # be pickled for spawned workers.
         with open(self.files[shard], "rb") as handle:
             handle.seek(first)
             return handle.read(size)
@@ -45,17 +46,18 @@ class TarImages(Sequence[bytes]):
 def webdataset(root: Places, eval_root: Places | None = None, **options: Any) -> ImageData:
     """Load images from WebDataset tar shards on local disks.
 
-    The headers of the shards are read once and images are read in place, so that shuffling is over all images. The
-    label of a sample is its ``.cls`` file, or "label" or "cls" in its ``.json`` file, if there is one.
+    The headers of the shards are read once. Images are then read in place, in any order, so that each epoch shuffles
+    all images. The label of a sample is the content of its ``.cls`` file, or the value of "label" or "cls" in its
+    ``.json`` file. A sample without these has no label.
 
     Args:
         root: a file, a folder with the ``.tar`` files of one split, a glob pattern such as ``shards/train-*.tar``, or a
             list of these.
-        eval_root: the same for labelled test images.
+        eval_root: labelled test images, in the same forms as ``root``. None holds out a fifth of the labelled images.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: no images there, compressed shards, or too many images unreadable.
+        UserError: there are no images, a shard is compressed or damaged, or too many images are unreadable.
     """
     return load_splits(_read_index, root, eval_root, "webdataset", LoadSettings(**options))
 
@@ -78,7 +80,7 @@ def _read_index(root: Places, knob: str) -> Split:
 
 
 def _samples(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
-    """Yield images with their labels. Files of one sample are adjacent and share their name up to the first dot."""
+    """Yield images with their labels; the files of a sample are adjacent and share the name up to the first dot."""
 
     def sample(member: tarfile.TarInfo) -> tuple[str, str]:
         folder, name = os.path.split(member.name)
