@@ -1,4 +1,4 @@
-"""timm networks as feature extractors: images ``[N, C, H, W]`` to features ``[N, F]``."""
+"""timm networks as feature extractors, which map images ``[N, C, H, W]`` to features ``[N, F]``."""
 
 import difflib
 import logging
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 Stem = Literal["auto", "timm", "small", "small_stride2"]
 SMALL_IMAGE = 64
-# One block per stage: fast enough to train on a CPU in minutes with stride 2 in the stem.
+# One block per stage. With stride 2 in the stem, the network trains on a CPU in minutes.
 _RESNET10: dict[str, Any] = {"layers": [1, 1, 1, 1]}
-# Additional networks: a timm name, the arguments that differ, and the stem for small images.
+# Additional networks: name of the timm network, arguments that differ, and stem for small images.
 OURS: dict[str, tuple[str, dict[str, Any], Stem]] = {
     "resnet10": ("resnet18", _RESNET10, "small_stride2"),
     "resnet10_narrow": ("resnet18", _RESNET10 | {"channels": [32, 64, 128, 256], "stem_width": 32}, "small_stride2"),
@@ -40,26 +40,32 @@ def create_backbone(
     """Create a timm network without its classifier.
 
     Args:
-        name: a name in ``timm.list_models()``; "resnet10", the resnet18 of timm with one block per stage; or
-            "resnet10_narrow", the same with half the channels.
-        in_chans: number of channels of the images, >= 1.
+        name: a name in ``timm.list_models()``; "resnet10", which is the resnet18 of timm with one block per stage; or
+            "resnet10_narrow", which is resnet10 with half the channels.
+        in_chans: number of channels C of the images, >= 1.
         image_size: height and width of the images in pixels; transformers are built for this size.
-        stem: adaptation to small images. "timm": the network as published; a ResNet has a 7x7 convolution of stride 2
-            and max-pooling, which leave 1x1 positions of a 32-pixel image. For ResNets only: "small", stride 1 without
-            pooling, as in SimCLR on CIFAR-10 (arXiv:2002.05709, B.9), or "small_stride2", stride 2 without pooling, at
-            a quarter of the cost. "auto": at 64 pixels and below and without loaded weights, "small" for ResNets
-            ("small_stride2" for the resnet10s) and patches of an eighth of the image for transformers; else "timm".
-        weights: local file with weights, ``.safetensors`` or a PyTorch file of plain tensors.
+        stem: first layers of the network, which can be adapted to small images.
+
+            * "timm": the published layers. The stem of a ResNet is a 7x7 convolution of stride 2 and max-pooling; the
+              last feature map of a 32-pixel image then has 1x1 positions.
+            * "small", for ResNets only: 3x3 convolution of stride 1 without pooling, as in SimCLR on CIFAR-10
+              (arXiv:2002.05709, appendix B.9).
+            * "small_stride2", for ResNets only: 3x3 convolution of stride 2 without pooling, a quarter of the cost.
+            * "auto": "timm" for images above 64 pixels or if weights are loaded. Otherwise "small_stride2" for resnet10
+              and resnet10_narrow, "small" for other ResNets, and for transformers a patch size of an eighth of
+              ``image_size``.
+        weights: local file with weights, ``.safetensors`` or a PyTorch file of plain tensors; None to load no file.
         pretrained: whether to load the weights published by timm.
-        partial_weights: whether ``weights`` may lack tensors of the network, which then keep their random values.
+        partial_weights: whether ``weights`` may lack some tensors of the network; these tensors are then initialized at
+            random.
         options: further arguments of the timm constructor, such as ``{"drop_path_rate": 0.1}``.
 
     Returns:
-        The network, and the width F of its features, measured by a forward pass. ``create_backbone(**build_arguments(
-        network))`` creates the same architecture at random initialization.
+        The network, and the width F of its features. ``create_backbone(**build_arguments(network))`` creates the same
+        architecture at random initialization.
 
     Raises:
-        UserError: an unknown name, an image size or option that the network refuses, or weights that do not fit.
+        UserError: if the name is unknown, the network rejects the image size or an option, or the weights do not fit.
 
     Example:
         >>> network, width = create_backbone("test_resnet", in_chans=1, image_size=32)
@@ -89,7 +95,11 @@ def create_backbone(
 
 
 def at_random(arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """Network with these :func:`build_arguments` at random initialization; the state of the global RNG is preserved.
+    """Create a network at random initialization. The state of the global random number generator is preserved.
+
+    Args:
+        arguments: arguments of :func:`create_backbone`.
+        seed: seed of the initialization.
 
     Example:
         >>> network, _ = create_backbone("test_resnet")
@@ -102,10 +112,16 @@ def at_random(arguments: Mapping[str, Any], seed: int) -> nn.Module:
 
 
 def published_input(name: str) -> tuple[int, list[float], list[float]]:
-    """Input of the weights that timm publishes: image size in pixels, mean and standard deviation of each channel.
+    """Return the input format of the weights published by timm.
+
+    Args:
+        name: name of a timm network.
+
+    Returns:
+        Height and width in pixels, mean of each channel, and standard deviation of each channel on the scale [0, 1].
 
     Raises:
-        UserError: an unknown name.
+        UserError: if timm publishes no weights of this name.
 
     Example:
         >>> published_input("resnet18")
@@ -118,7 +134,10 @@ def published_input(name: str) -> tuple[int, list[float], list[float]]:
 
 
 def build_arguments(network: nn.Module) -> dict[str, Any]:
-    """Arguments of :func:`create_backbone` that create the architecture of this network again, as plain values.
+    """Return the arguments of :func:`create_backbone` that create the same architecture, as plain values.
+
+    Args:
+        network: a network created by :func:`create_backbone`.
 
     Example:
         >>> build_arguments(create_backbone("resnet10")[0])["stem"]
@@ -129,16 +148,16 @@ def build_arguments(network: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str = "") -> int:
-    """Width F of the features, measured by a forward pass, because ``num_features`` of some timm networks differs.
+    """Measure the width F of the features by a forward pass, since ``num_features`` is wrong for some timm networks.
 
     Args:
-        network: ``[N, C, H, W] -> [N, F]``; its training mode is preserved.
+        network: ``[N, C, H, W] -> [N, F]``; the training mode is preserved.
         in_chans: number of channels C.
         image_size: height and width of the images in pixels.
         name: name of the network, for error messages.
 
     Raises:
-        UserError: the network refuses images of this size, or its output is not ``[N, F]``.
+        UserError: if the network cannot process images of this size, or the output is not ``[N, F]``.
 
     Example:
         >>> feature_width(nn.Flatten(), in_chans=3, image_size=4)
@@ -158,7 +177,7 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
 
 
 def is_depthwise(network: nn.Module) -> bool:
-    """Whether most convolutions are depthwise or grouped; these are slower in bf16 than in fp32 on a CPU.
+    """Return whether most convolutions are depthwise or grouped. On a CPU, these are slower in bf16 than in fp32.
 
     Example:
         >>> is_depthwise(create_backbone("test_resnet")[0])
@@ -171,11 +190,11 @@ def is_depthwise(network: nn.Module) -> bool:
 def _build(
     name: str, in_chans: int, image_size: int, pretrained: bool, small: bool, options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, int]]:
-    """The network, and its ``patch_size`` argument if it was adapted to a small image."""
+    """Build the network; the mapping holds ``patch_size`` if the patch size was adapted to a small image."""
     arguments = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained, **options}
     sizes: list[dict[str, int]] = [{"img_size": image_size}, {}]
     if small and "patch_size" not in arguments:
-        # Eight patches per side: ViT-S/16 has 14 at 224 pixels, but only 2 at 32 pixels.
+        # Eight patches per side. ViT-S/16 has 14 patches per side at 224 pixels, but only 2 at 32 pixels.
         sizes.insert(0, {"img_size": image_size, "patch_size": max(1, image_size // 8)})
     for size in sizes:
         try:
@@ -183,7 +202,7 @@ def _build(
         except OSError as error:
             message = f"the weights of {name} could not be downloaded ({error}); give a file as backbone.weights=FILE"
             raise UserError(f"backbone.pretrained=true: {message}") from error
-        except Exception as error:  # the constructor does not accept img_size or patch_size, or not this value
+        except Exception as error:  # the constructor rejects img_size or patch_size
             if size:
                 continue
             problem = f"cannot be built with backbone.options={dict(options)} ({error})"
@@ -195,7 +214,7 @@ def _use_small_stem(network: nn.Module, name: str, stride: int) -> None:
     if not isinstance(network, ResNet):
         raise UserError(f"backbone.stem: {name} is not of timm's ResNet family; use backbone.stem=auto")
     first = network.conv1
-    if isinstance(first, nn.Sequential):  # a deep stem, whose convolutions are 3x3
+    if isinstance(first, nn.Sequential):  # a deep stem of 3x3 convolutions
         first[0].stride = (stride, stride)  # type: ignore[assignment]
     else:
         small = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=False)
@@ -217,12 +236,12 @@ def _load_weights(network: nn.Module, file: Path, partial: bool) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or PyTorch file by name, read without executing code from the file.
+    """Read the tensors of a ``.safetensors`` or PyTorch file by name, without executing code from the file.
 
-    A state dict nested under "state_dict", "model" or "teacher" is found; values other than tensors are skipped.
+    The state dict may be nested under "state_dict", "model" or "teacher". Values that are not tensors are skipped.
 
     Raises:
-        UserError: the file is missing or cannot be read as plain tensors.
+        UserError: if the file is missing or cannot be read as plain tensors.
     """
     try:
         if file.suffix == ".safetensors":
@@ -240,7 +259,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _best_match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the wanted names, after removing the prefix ("module.", "method.backbone.") that matches most."""
+    """Remove the prefix of tensor names, such as "module.", after which most names and shapes match ``wanted``."""
     last = list(wanted)[-1]
     prefixes = {key.removesuffix(last) for key in found if key.endswith(last)} | {""}
 
@@ -257,7 +276,7 @@ def _nearest(name: str) -> str:
 
 
 def sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Convert BatchNorm to SyncBatchNorm with timm's function, which keeps the activation of its norm-act layers.
+    """Convert BatchNorm to SyncBatchNorm with the timm function, which keeps the activations of norm-act layers.
 
     Example:
         >>> type(sync_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))[0]).__name__

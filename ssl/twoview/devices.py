@@ -1,4 +1,4 @@
-"""Devices and processors: which one to compute on, and what they are called."""
+"""Choice of the device, and names of devices and processors."""
 
 import platform
 from pathlib import Path
@@ -7,7 +7,11 @@ import torch
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:
-    """The device for an accelerator name, "auto", "cpu", "gpu", "cuda" or "mps"; the CPU where there is no other."""
+    """Return the device of an accelerator, or the CPU if the accelerator is not available.
+
+    Args:
+        accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
+    """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
@@ -16,19 +20,22 @@ def pick_device(accelerator: str = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a device in reports."""
+    """Return the name of a device for reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def device_capability(device: torch.device) -> str:
-    """Name of a device with the CPU's vector instructions: equal results are only expected where this is equal."""
+    """Return the name of a device; for a CPU, include its vector instructions.
+
+    Identical results are expected only on devices for which this function returns the same name.
+    """
     if device.type == "cuda":
         return device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cpu_name() -> str:
-    """Model name of the processor."""
+    """Return the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

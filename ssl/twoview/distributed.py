@@ -1,4 +1,4 @@
-"""All-gather with gradient; in a single process the functions are no-ops."""
+"""All-gather with gradient; a no-op in a single process."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, distributed as dist
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Rank of this process and number of processes; (0, 1) without a process group.
+    """Return the rank of this process and the number of processes; (0, 1) without a process group.
 
     Example:
         >>> rank_and_world()
@@ -18,17 +18,18 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """Concatenate the tensors of all W ranks, with gradient: ``[N, ...]`` to ``[W * N, ...]``.
+    """Concatenate the tensors of all W ranks, with gradient.
 
-    Row ``i * W + r`` of the result is row i of rank r.
-
-    The backward pass sums the gradient over ranks. A loss of gathered embeddings is equal on all ranks; with the mean
-    over ranks that DistributedDataParallel takes, the gradient of the parameters is that of the loss of the joint
-    batch, without a further factor. (A backward pass that only takes its own slice would lose the gradient through the
-    negatives of other ranks.)
+    Every rank computes the same loss from the gathered embeddings. The backward pass of this function sums gradients
+    over ranks, and DistributedDataParallel averages parameter gradients over ranks. The result is the exact gradient of
+    the loss of the joint batch, and no further factor is needed. (A backward pass that returns the local slice without
+    the sum would lose the gradient through the negatives of other ranks.)
 
     Args:
-        x: tensor of the same shape on all ranks.
+        x: ``[N, ...]``, of the same shape on all ranks.
+
+    Returns:
+        ``[N * W, ...]``; row ``i * W + r`` is row i of rank r.
 
     Example:
         >>> gather(torch.ones(2, 3)).shape  # a single process

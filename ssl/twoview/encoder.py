@@ -1,4 +1,4 @@
-"""A trained backbone with its preprocessing and the facts about its training; loading one from any source."""
+"""A backbone with its preprocessing and its model card; loading from runs, checkpoint files and timm."""
 
 import platform
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,27 +17,27 @@ from twoview.backbones import at_random, build_arguments, create_backbone, publi
 from twoview.data import Images, LazyImages, Preprocess, TensorImages, in_order
 from twoview.errors import UserError, require
 
-LAST = "last.ckpt"  # name of the newest checkpoint in the folder checkpoints/ of a run
-PREFIX = "method.backbone."  # of the backbone's tensors in a checkpoint
+LAST = "last.ckpt"  # newest checkpoint of a run, in the subfolder checkpoints/
+PREFIX = "method.backbone."  # prefix of the names of backbone tensors in a checkpoint
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Facts about a network as plain values; stored in every checkpoint.
+    """Metadata of a network as plain values, stored in every checkpoint.
 
     Args:
-        method: name of the method that it was trained with, or "timm NAME" or "random NAME".
+        method: name of the training method; "timm NAME" for published weights, "random NAME" for random initialization.
         backbone: arguments of :func:`twoview.backbones.create_backbone` that build the architecture.
-        image_size: height and width of its input in pixels.
-        channels: C of its input.
-        store_size: size in pixels to which images are resized before the central square of ``image_size`` is cut out;
-            None for ``image_size``.
-        mean: C channel means that the input is normalized with, on the scale [0, 1]; None if not known.
-        std: C channel standard deviations on the same scale; None if not known.
-        data: name of the training data.
-        classes: names of the classes of the training data, if it had labels.
+        image_size: height and width of the network's input in pixels.
+        channels: number of channels C of the network's input.
+        store_size: size in pixels that the short side of an image is resized to before the center square of
+            ``image_size`` pixels is cropped; None for ``image_size``.
+        mean: mean of each of the C channels on the scale [0, 1], for normalization; None if not known.
+        std: standard deviation of each channel on the same scale; None if not known.
+        data: name of the training data; empty if not known.
+        classes: names of the classes of the training data; empty without labels.
         seed: seed of the training run.
-        versions: versions of the software that it was trained with.
+        versions: versions of the software used for training, by package.
     """
 
     method: str
@@ -54,17 +54,21 @@ class ModelCard:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any], source: str) -> Self:
-        """The card in the values of a file, whose types are checked; other values are ignored.
+        """Create a card from the values stored in a checkpoint, and check their types.
+
+        Args:
+            values: fields of the card by name; other entries are ignored.
+            source: path of the checkpoint, for error messages.
 
         Raises:
-            UserError: a value is missing or has another type.
+            UserError: if a value is missing or invalid.
         """
         try:
             found = {f.name: values[f.name] for f in fields(cls) if f.name in values}
             for name in ("mean", "std"):
                 found[name] = tuple(float(x) for x in found[name])
             found["classes"] = tuple(str(name) for name in found.get("classes", ()))
-            # Only in checkpoints of version 0.1.0, and determined by the stem.
+            # Checkpoints of version 0.1.0 have small_patches, whose value follows from the stem.
             found["backbone"] = {str(k): v for k, v in found["backbone"].items() if k != "small_patches"}
             card = cls(**found)
             sizes = (card.image_size, card.channels, card.store_size or 1)
@@ -83,12 +87,12 @@ class ModelCard:
 
 
 class Encoder(nn.Module):
-    """A backbone with its preprocessing: images to features. Without augmentation and without gradients.
+    """A backbone with its preprocessing, which computes features of images without augmentation and without gradients.
 
     Args:
-        network: ``fp32 [N, C, H, W] -> [N, F]``.
-        card: facts about it.
-        source: file or name that it was loaded from, for reports.
+        network: backbone, fp32 ``[N, C, H, W]`` to features ``[N, F]``.
+        card: metadata of the network; if ``mean`` and ``std`` are None, inputs are normalized with 0.5 and 0.25.
+        source: file or name that the network was loaded from, for reports.
 
     Example:
         >>> encoder = load("random:test_resnet", image_size=32)
@@ -107,40 +111,43 @@ class Encoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """F, the number of features."""
+        """Number F of features, measured by a forward pass."""
         blank = torch.zeros(1, self.card.channels, self.card.image_size, self.card.image_size)
         return self.apply_network(blank).shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where features are computed; move the encoder with ``to``."""
+        """Device that features are computed on; changed by ``to``."""
         return self.preprocess.mean.device
 
     def forward(self, images: Tensor | Image.Image | Iterable[Tensor | Image.Image]) -> Tensor:
-        """Features of images.
+        """Preprocess images and compute their features in one batch.
 
         Args:
-            images: uint8 ``[N, C, H, W]`` or ``[C, H, W]`` in [0, 255], a PIL image, or several of these.
+            images: uint8 tensor ``[N, C, H, W]`` or ``[C, H, W]`` in [0, 255], a PIL image, or an iterable of such
+                tensors and PIL images. Images may have any size; 1 and 3 channels are converted to each other.
 
         Returns:
-            fp32 ``[N, F]`` on the device of the encoder.
+            fp32 ``[N, F]`` on the device of the encoder; N = 1 for a single image.
 
         Raises:
-            TypeError: tensors that are not uint8.
+            TypeError: if a tensor is not uint8.
+            UserError: if the number of channels cannot be converted.
         """
         if isinstance(images, Tensor | Image.Image):
             return self.apply_network(self.preprocess(images))
         return self.apply_network(torch.cat([self.preprocess(image) for image in images]))
 
     def features(self, images: Images | Iterable[Tensor | Image.Image], batch_size: int = 512) -> Iterator[Tensor]:
-        """Features of any number of images, in their order; memory is bounded by the batch.
+        """Compute features batch by batch, so that memory does not grow with the number of images.
 
         Args:
-            images: images of :mod:`twoview.data`, labelled or not; or an iterable of uint8 ``[C, H, W]`` or PIL images.
-            batch_size: images at a time.
+            images: images of :mod:`twoview.data`, with or without labels; or an iterable of uint8 tensors ``[C, H, W]``
+                or PIL images.
+            batch_size: largest number n of images per batch.
 
         Yields:
-            fp32 ``[n, F]`` on the CPU, n at most ``batch_size``.
+            fp32 ``[n, F]`` on the CPU, in the order of the images.
         """
         if isinstance(images, TensorImages | LazyImages):
             for batch in in_order(images, batch_size):
@@ -151,12 +158,22 @@ class Encoder(nn.Module):
             yield self(part).cpu()
 
     def feature_matrix(self, images: Images | Iterable[Tensor | Image.Image], batch_size: int = 512) -> Tensor:
-        """:meth:`features` as one tensor, fp32 ``[N, F]`` on the CPU."""
+        """Compute features as :meth:`features` does, and concatenate them.
+
+        Args:
+            images: as for :meth:`features`; at least one image.
+            batch_size: largest number of images per batch.
+
+        Returns:
+            fp32 ``[N, F]`` on the CPU, in the order of the images.
+        """
         return torch.cat(list(self.features(images, batch_size)))
 
     @torch.no_grad()
     def apply_network(self, pixels: Tensor) -> Tensor:
-        """Features of preprocessed images, in fp32 and evaluation mode; the training modes of all modules are restored.
+        """Compute features of preprocessed images in fp32 and evaluation mode.
+
+        The training mode of each module is restored afterwards.
 
         Args:
             pixels: fp32 ``[N, C, image_size, image_size]``, normalized.
@@ -175,11 +192,19 @@ class Encoder(nn.Module):
         return features.float()
 
     def with_card(self, **changes: Any) -> "Encoder":
-        """The same network with some facts changed, such as ``mean`` and ``std``."""
+        """Return an encoder that shares the network and has another card.
+
+        Args:
+            **changes: fields of :class:`ModelCard` and their new values, such as ``mean`` and ``std``.
+        """
         return Encoder(self.network, replace(self.card, **changes), self.source)
 
     def at_random(self, seed: int) -> "Encoder":
-        """The same architecture and preprocessing at random initialization."""
+        """Return an encoder of the same architecture and preprocessing at random initialization.
+
+        Args:
+            seed: seed of the initialization.
+        """
         return Encoder(at_random(self.card.backbone, seed), replace(self.card, method="random initialization"))
 
 
@@ -191,20 +216,24 @@ def load(
     weights: str | Path | None = None,
     seed: int = 0,
 ) -> Encoder:
-    """Load a backbone from any source, in evaluation mode on the CPU. Nothing in a file is executed.
+    """Load a backbone in evaluation mode on the CPU. No code in a checkpoint file is executed.
 
     Args:
-        source: a run folder, whose last checkpoint is taken; a checkpoint file; "timm:NAME" for a network with timm's
-            published weights; or "random:NAME" for one at random initialization.
-        image_size: height and width of the input in pixels; required for "random:NAME"; None for those of the
-            checkpoint or of the published weights.
-        channels: C of the input; None for those of the checkpoint, else 3.
-        store_size: size in pixels of the stored images; refused unless it is that of the checkpoint or None.
-        weights: local file of weights for "timm:NAME", instead of the published ones.
-        seed: seed of random initialization.
+        source: a run folder, from which the last checkpoint is loaded; a checkpoint file; "timm:NAME" for a network
+            with the weights published by timm; or "random:NAME" for a network at random initialization.
+        image_size: height and width of the network's input in pixels. Required for "random:NAME". None for the size in
+            the checkpoint or of the published weights. For a checkpoint, another size is an error.
+        channels: number of channels C of the network's input. None for the number in the checkpoint, or 3 without a
+            checkpoint. For a checkpoint, another number is an error.
+        store_size: None, or the ``store_size`` of the checkpoint, see :class:`ModelCard`; another size is an error.
+        weights: local file with weights for "timm:NAME"; None for the published weights.
+        seed: seed of the random initialization.
+
+    Returns:
+        The encoder.
 
     Raises:
-        UserError: no such file, not a checkpoint of twoview, or another size than that of the checkpoint.
+        UserError: if the source does not exist, cannot be read, or does not match the other arguments.
 
     Example:
         >>> encoder = load("random:test_resnet", image_size=32, channels=1)
@@ -228,13 +257,13 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """Read a checkpoint of twoview as plain containers and tensors on the CPU.
 
     Args:
-        checkpoint: a run folder, whose last checkpoint is taken, or a file.
+        checkpoint: a checkpoint file, or a run folder, from which the last checkpoint is read.
 
     Returns:
-        The checkpoint, with the path of the file as "path".
+        The content of the checkpoint; the entry "path" is the path of the file.
 
     Raises:
-        UserError: no such file, or not a checkpoint of twoview.
+        UserError: if the file does not exist or is not a checkpoint of twoview.
     """
     path = Path(str(checkpoint)).expanduser()  # YAML reads a folder name such as 0 as an integer
     if path.is_dir():
@@ -276,7 +305,7 @@ def _from_timm(source: str, image_size: int | None, channels: int, weights: str 
     try:
         arguments = {"name": name, "in_chans": channels, "image_size": image_size, "weights": weights}
         network = at_random({**arguments, "pretrained": kind == "timm" and weights is None}, seed)
-    except UserError as error:  # name the knobs of this task instead of those of pretraining
+    except UserError as error:  # the message names knobs of pretraining: replace them by the knobs of this task
         message = str(error).replace("backbone.pretrained=true", f"checkpoint={source}")
         raise UserError(message.replace("backbone.weights", "weights")) from error
     card = ModelCard(f"{kind} {name}", build_arguments(network), image_size, channels, None, mean, std)
@@ -284,6 +313,6 @@ def _from_timm(source: str, image_size: int | None, channels: int, weights: str 
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that results depend on."""
+    """Return the versions of the software that results depend on, by package."""
     packages = ("torch", "torchvision", "lightning", "timm", "kornia", "scikit-learn")
     return {"twoview": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}

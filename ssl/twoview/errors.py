@@ -1,12 +1,13 @@
-"""Exceptions shown to users without a traceback, and the checks that raise them."""
+"""Exceptions that are shown to users without a traceback, and checks that raise them."""
 
 from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Invalid input of the user; the message is one sentence with the knob, its value and what to do.
+    """Invalid input of the user.
 
-    The command line prints the message without a traceback and exits with code 2; in Python it is a ``ValueError``.
+    The message is one sentence: the knob (configuration key), its value, and advice. The command line prints the
+    message without a traceback and exits with code 2.
 
     Example:
         >>> raise UserError("optimizer.lr=-1: the learning rate must be above 0")
@@ -16,7 +17,7 @@ class UserError(ValueError):
 
 
 def require(condition: object, message: str) -> None:
-    """Raise :class:`UserError` with a message unless a condition is true.
+    """Raise :class:`UserError` with the message unless the condition is true.
 
     Example:
         >>> require(0 < 0.1, "optimizer.lr=0.1: the learning rate must be above 0")
@@ -26,7 +27,12 @@ def require(condition: object, message: str) -> None:
 
 
 def require_choice(group: str, choices: Sequence[str], **knobs: str) -> None:
-    """Raise :class:`UserError` unless each knob of a group is one of the choices.
+    """Raise :class:`UserError` unless the value of every knob is one of the choices.
+
+    Args:
+        group: configuration group of the knobs, for the message.
+        choices: allowed values.
+        **knobs: values by name.
 
     Example:
         >>> require_choice("augment", ("bilinear", "bicubic"), interpolation="bicubic")
@@ -36,7 +42,12 @@ def require_choice(group: str, choices: Sequence[str], **knobs: str) -> None:
 
 
 def require_at_least(group: str, least: int, **knobs: int | None) -> None:
-    """Raise :class:`UserError` unless each knob of a group is a whole number, at least ``least``, or None.
+    """Raise :class:`UserError` unless the value of every knob is None or an integer >= ``least``.
+
+    Args:
+        group: configuration group of the knobs, for the message.
+        least: smallest allowed value.
+        **knobs: values by name.
 
     Example:
         >>> require_at_least("trainer", 1, devices=2, max_steps=None)
@@ -47,7 +58,11 @@ def require_at_least(group: str, least: int, **knobs: int | None) -> None:
 
 
 def require_positive(group: str, **knobs: Sequence[float]) -> None:
-    """Raise :class:`UserError` unless each knob of a group is a list of numbers above 0.
+    """Raise :class:`UserError` unless the value of every knob is a non-empty list of numbers above 0.
+
+    Args:
+        group: configuration group of the knobs, for the message.
+        **knobs: lists by name.
 
     Example:
         >>> require_positive("eval", k=[1, 5], temperature=[0.07])
@@ -58,10 +73,10 @@ def require_positive(group: str, **knobs: Sequence[float]) -> None:
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """A run stopped on a signal, after its checkpoint was saved.
+    """Raised when a signal has stopped a run, after its checkpoint was saved.
 
     Args:
-        message: shown to the user.
+        message: message for the user.
         code: exit code of the process.
     """
 

@@ -1,4 +1,4 @@
-"""Writing files so that a killed process never leaves a partly written file."""
+"""Atomic writing of files: a killed process never leaves a partly written file."""
 
 import contextlib
 import csv
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows, the names of the columns first, as CSV, by :func:`write_atomically`."""
+    """Write rows as CSV by :func:`write_atomically`; the first row holds the names of the columns."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_atomically(path, text.getvalue())
@@ -22,13 +22,13 @@ def write_atomically(
     """Write a file under a temporary name in the same folder, sync it to disk, and rename it.
 
     Args:
-        path: target; missing parent folders are created.
-        content: the bytes; or text, encoded as UTF-8 with characters that cannot be encoded escaped; or a function that
-            writes to the open file.
-        previous: the existing file is renamed to this; None overwrites it.
+        path: path of the file; missing parent folders are created.
+        content: bytes; or text, encoded as UTF-8, in which characters that UTF-8 cannot encode are escaped; or a
+            function that writes to the open binary file.
+        previous: path that an existing file at ``path`` is renamed to; None to overwrite the existing file.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; ``path`` is then unchanged.
+        OSError: if the folder cannot be written or the disk is full; ``path`` is then unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

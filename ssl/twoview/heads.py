@@ -1,4 +1,4 @@
-"""Projection heads: features ``[N, F]`` to embeddings ``[N, D]``; discarded after pretraining."""
+"""Projection heads, which map features ``[N, F]`` to embeddings ``[N, D]`` and are discarded after pretraining."""
 
 from torch import nn
 
@@ -16,21 +16,21 @@ def projection_head(
 ) -> nn.Sequential:
     """Build a multi-layer perceptron with ReLU between its linear layers.
 
-    SimCLR (google-research/simclr, model_util.py): 2 or 3 layers, BatchNorm after each. MoCo v1: one linear layer;
-    v2: two layers without BatchNorm (facebookresearch/moco, builder.py). MoCo v3: BatchNorm after each layer, the last
-    one without scale and shift (facebookresearch/moco-v3, builder.py).
+    SimCLR: 2 or 3 layers, BatchNorm after each (google-research/simclr, model_util.py). MoCo v1: 1 layer. MoCo v2: 2
+    layers without BatchNorm (facebookresearch/moco, builder.py). MoCo v3: BatchNorm after each layer, and the last
+    BatchNorm has no scale and shift (facebookresearch/moco-v3, builder.py).
 
     Args:
         in_dim: width F of the features.
         hidden_dim: width of the hidden layers, >= 1.
         out_dim: width D of the embeddings, >= 1.
         layers: number of linear layers, 1 to 3.
-        hidden_bn: whether BatchNorm follows every layer but the last.
+        hidden_bn: whether BatchNorm follows each hidden layer.
         last_bn: whether BatchNorm follows the last layer.
         last_affine: whether the last BatchNorm has scale and shift.
 
     Raises:
-        UserError: a width or number of layers out of range.
+        UserError: if a width or the number of layers is out of range.
 
     Example:
         >>> import torch
@@ -53,10 +53,10 @@ def projection_head(
 
 
 def output_width(head: nn.Module) -> int:
-    """Output width D of a head: that of its last linear layer.
+    """Return the output width D of a head, which is the output width of its last linear layer.
 
     Raises:
-        ValueError: a head without linear layers.
+        ValueError: if the head has no linear layer.
 
     Example:
         >>> output_width(projection_head(512, out_dim=64))

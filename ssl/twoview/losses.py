@@ -1,7 +1,8 @@
 """Contrastive losses as pure functions of embeddings.
 
-Suffixes: N images or queries, D embedding size, K stored negatives, M columns of a similarity matrix. Losses are means
-over rows in at least fp32, autocast off; values and gradients are finite from temperature 1e-3 on, also for zero rows.
+Suffixes of names are shapes: N images or queries, D embedding size, K stored negatives, M columns of a similarity
+matrix. Embeddings are L2-normalized. Losses are means over rows, computed in at least fp32 without autocast; values and
+gradients are finite for temperatures >= 1e-3, also if an embedding is zero.
 """
 
 import math
@@ -15,7 +16,7 @@ VARIANTS: tuple[str, ...] = get_args(Variant)
 
 
 class VariantParameters(TypedDict, total=False):
-    """Parameters of the loss variants; :func:`info_nce_rows` has the formulas and the default values."""
+    """Parameters of the loss variants; see :func:`info_nce_rows` for formulas and default values."""
 
     sigma: float
     tau_plus: float
@@ -32,7 +33,7 @@ def l2_normalize(x: Tensor) -> Tensor:
     """
     x = x if x.dtype == torch.float64 else x.float()
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    # F.normalize divides a zero row by 1e-12; the gradient of 1e12 overflows in the half precision of the network.
+    # F.normalize divides a zero row by 1e-12. The resulting gradient of 1e12 overflows in half precision.
     return x / torch.where(norm > 0, norm, 1.0)
 
 
@@ -45,22 +46,22 @@ def nt_xent(
     same: Tensor | None = None,
     **parameters: Unpack[VariantParameters],
 ) -> Tensor:
-    """NT-Xent loss: each of the 2N views is classified against the other 2N - 1 views of the batch.
+    """NT-Xent loss: the positive of each of the 2N views is the other view of the same image.
 
-    SimCLR, Chen et al. 2020, arXiv:2002.05709, eq. 1 and Algorithm 1: cosine similarities, mean over all 2N rows.
+    All other views of the batch are negatives. SimCLR, Chen et al. 2020, arXiv:2002.05709, eq. 1 and Algorithm 1.
 
     Args:
         z_a: ``[N, D]`` embeddings of the first views, any floating dtype, not necessarily normalized.
         z_b: ``[N, D]`` embeddings of the second views; row i belongs to the same image as row i of ``z_a``.
         temperature: softmax temperature, > 0.
         variant: form of the loss, see :func:`info_nce_rows`.
-        same: known positives, which are removed from the negatives: ``[N]`` integer ids (images with equal ids are
-            positives; a negative id means unknown and equals no other), or a boolean ``[N, N]`` mask.
-        **parameters: ``sigma``, ``tau_plus`` and ``beta`` of the variant, see :func:`info_nce_rows`.
+        same: known positives, which are removed from the negatives. Either int ``[N]``, one id per image: images with
+            equal ids >= 0 are positives of each other. Or a boolean ``[N, N]`` mask.
+        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see :func:`info_nce_rows`.
 
     Raises:
-        ValueError: shapes that differ, a parameter out of range, or an unknown variant.
-        TypeError: an unknown parameter.
+        ValueError: if shapes differ, a parameter is out of range, or the variant is unknown.
+        TypeError: if a parameter is unknown.
 
     Example:
         >>> nt_xent(torch.eye(4), torch.eye(4), temperature=0.5)
@@ -76,7 +77,7 @@ def nt_xent(
         similarity_MM = z_2ND @ z_2ND.T
         partner = torch.arange(2 * n, device=z_a.device).roll(n)
         positive = similarity_MM.gather(1, partner[:, None]).squeeze(1)
-        # Neither view i itself, nor its partner, nor a view of a known positive is a negative.
+        # Not negatives of a view: the view itself, the other view of the same image, and the views of known positives.
         valid_MM = ~positive_mask(same, n, z_a.device).repeat(2, 2)
         return info_nce_rows(positive, similarity_MM, valid_MM, temperature, variant, **parameters).mean()
 
@@ -91,22 +92,20 @@ def info_nce(
     same: Tensor | None = None,
     **parameters: Unpack[VariantParameters],
 ) -> Tensor:
-    """InfoNCE loss with stored negatives: query i is classified as key i against all stored keys.
-
-    MoCo, He et al. 2020, arXiv:1911.05722, eq. 1: cosine similarities, mean over the N queries.
+    """InfoNCE loss with stored negatives; MoCo, He et al. 2020, arXiv:1911.05722, eq. 1.
 
     Args:
-        q: ``[N, D]`` queries, with gradient.
-        k: ``[N, D]`` keys; row i belongs to the same image as row i of ``q``.
-        negatives: ``[K, D]`` keys of earlier batches, without those of this batch; K may be 0.
+        q: ``[N, D]`` queries, any floating dtype, not necessarily normalized.
+        k: ``[N, D]`` keys; row i is the positive of query i.
+        negatives: ``[K, D]`` stored keys of earlier batches, which are the negatives of every query; K may be 0.
         temperature: softmax temperature, > 0.
         variant: form of the loss, see :func:`info_nce_rows`.
-        same: boolean ``[N, K]`` mask of stored keys that are known positives of a query and hence not its negatives.
-        **parameters: ``sigma``, ``tau_plus`` and ``beta`` of the variant, see :func:`info_nce_rows`.
+        same: boolean ``[N, K]``, true where a stored key is a known positive of a query; removed from the negatives.
+        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see :func:`info_nce_rows`.
 
     Raises:
-        ValueError: shapes that do not match, a parameter out of range, or an unknown variant.
-        TypeError: an unknown parameter.
+        ValueError: if shapes do not match, a parameter is out of range, or the variant is unknown.
+        TypeError: if a parameter is unknown.
 
     Example:
         >>> info_nce(torch.eye(2), torch.eye(2), negatives=-torch.eye(2), temperature=0.5)
@@ -124,16 +123,17 @@ def info_nce(
 
 
 def moco_v3_loss(q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature: float) -> Tensor:
-    """MoCo v3 loss ``2T [ctr(q_a, k_b) + ctr(q_b, k_a)]``, with ctr = :func:`batch_nce` and detached keys.
-
-    MoCo v3, Chen et al. 2021, arXiv:2104.02057, Algorithm 1.
+    """MoCo v3 loss ``2T (batch_nce(q_a, k_b) + batch_nce(q_b, k_a))``; Chen et al. 2021, arXiv:2104.02057, Algorithm 1.
 
     Args:
         q_a: ``[N, D]`` predictions of the first views.
-        k_b: ``[N, D]`` keys of the second views; row i belongs to the same image as row i of ``q_a``.
+        k_b: ``[N, D]`` keys of the second views; detached. Row i of each argument belongs to image i.
         q_b: ``[N, D]`` predictions of the second views.
-        k_a: ``[N, D]`` keys of the first views.
+        k_a: ``[N, D]`` keys of the first views; detached.
         temperature: softmax temperature T, > 0.
+
+    Raises:
+        ValueError: if shapes differ or the temperature is out of range.
 
     Example:
         >>> moco_v3_loss(torch.eye(3), torch.eye(3), torch.eye(3), torch.eye(3), temperature=1.0)
@@ -144,14 +144,15 @@ def moco_v3_loss(q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature
 
 
 def clip_loss(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE loss: mean of :func:`batch_nce` in both directions, with gradient for both arguments.
-
-    CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
+    """Mean of :func:`batch_nce` in both directions; CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
 
     Args:
-        z_a: ``[N, D]``.
-        z_b: ``[N, D]``; row i is the positive of row i of ``z_a``.
+        z_a: ``[N, D]`` embeddings.
+        z_b: ``[N, D]`` embeddings; row i is the positive of row i of ``z_a``.
         temperature: softmax temperature, > 0.
+
+    Raises:
+        ValueError: if shapes differ or the temperature is out of range.
 
     Example:
         >>> clip_loss(torch.eye(3), torch.eye(3), temperature=1.0)
@@ -161,14 +162,15 @@ def clip_loss(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
 
 
 def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """InfoNCE loss with in-batch negatives: query i is classified as key i among the N keys.
-
-    Oord et al. 2018, arXiv:1807.03748, eq. 4; mean over the N queries.
+    """InfoNCE loss with in-batch negatives; Oord et al. 2018, arXiv:1807.03748, eq. 4.
 
     Args:
-        q: ``[N, D]`` queries.
-        k: ``[N, D]`` keys; row i is the positive of query i.
+        q: ``[N, D]`` queries, any floating dtype, not necessarily normalized.
+        k: ``[N, D]`` keys; row i is the positive of query i, the other rows are its negatives.
         temperature: softmax temperature, > 0.
+
+    Raises:
+        ValueError: if shapes differ or the temperature is out of range.
 
     Example:
         >>> batch_nce(torch.eye(3), torch.eye(3), temperature=1.0)
@@ -183,19 +185,18 @@ def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 def sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Supervised contrastive loss L_out: all views of the same class are positives of each other.
+    """Supervised contrastive loss L_out (Khosla et al. 2020, arXiv:2004.11362, eq. 2), averaged over the 2N views.
 
-    Khosla et al. 2020, arXiv:2004.11362, eq. 2: the sum over positives is outside of the logarithm; here the mean over
-    all 2N rows is returned. If all labels differ, the loss equals :func:`nt_xent`.
+    All views of the same class are positives of each other. If all labels differ, the loss equals :func:`nt_xent`.
 
     Args:
         z_a: ``[N, D]`` embeddings of the first views.
         z_b: ``[N, D]`` embeddings of the second views; row i belongs to the same image as row i of ``z_a``.
-        labels: int64 ``[N]``; the only positive of an image with a negative label is its own other view.
+        labels: int64 ``[N]`` classes; a view with a negative label has one positive, the other view of the same image.
         temperature: softmax temperature, > 0.
 
     Raises:
-        ValueError: shapes that do not match, or a temperature out of range.
+        ValueError: if shapes do not match or the temperature is out of range.
 
     Example:
         >>> sup_con(torch.eye(4), torch.eye(4), labels=torch.tensor([0, 0, 1, -1]), temperature=0.5)
@@ -224,33 +225,33 @@ def info_nce_rows(
     tau_plus: float = 0.1,
     beta: float = 1.0,
 ) -> Tensor:
-    """Contrastive loss of each row, from the similarity of its positive and those of its negatives.
+    """Contrastive loss of each row, computed from similarities to its positive and to its negatives.
 
-    With s+ the logit of the positive and s- the logits of the negatives (logit = similarity / temperature):
+    s+ is the logit of the positive and s- are the logits of the n negatives; a logit is a similarity / temperature.
 
     * "infonce": ``-s+ + log(exp s+ + sum exp s-)``.
-    * "dcl": ``-s+ + log(sum exp s-)``; decoupled, Yeh et al. 2022, arXiv:2110.06848, eq. 6.
-    * "dclw": "dcl" with ``s+`` multiplied by ``2 - exp(p / sigma) / mean exp(p / sigma)``, where p is the similarity of
-      the positive; the factor is detached; eq. 7.
-    * "debiased": the mean of ``exp s-`` is corrected for a share ``tau_plus`` of false negatives and clamped to at
-      least ``exp(-1 / temperature)``; Chuang et al. 2020, arXiv:2007.00224, eq. 8.
-    * "hard": "debiased" with negatives weighted by ``exp(beta s-)``; Robinson et al. 2021, arXiv:2010.04592, eq. 4.
+    * "dcl": ``-s+ + log(sum exp s-)``; decoupled contrastive loss, Yeh et al. 2022, arXiv:2110.06848, eq. 6.
+    * "dclw": ``-w s+ + log(sum exp s-)`` with the detached weight ``w = 2 - exp(p / sigma) / mean exp(p / sigma)``.
+      p is the similarity to the positive, and the mean is taken over rows; Yeh et al., eq. 7.
+    * "debiased": ``-s+ + log(exp s+ + n max(g, exp(-1 / temperature)))`` with
+      ``g = (mean exp s- - tau_plus exp s+) / (1 - tau_plus)``; Chuang et al. 2020, arXiv:2007.00224, eq. 8.
+    * "hard": "debiased" with ``exp s-`` averaged with weights ``exp(beta s-)``; Robinson 2021, arXiv:2010.04592, eq. 4.
 
     Args:
         positive: ``[N]`` cosine similarity of each row to its positive.
         similarity: ``[N, M]`` cosine similarities.
-        valid: boolean ``[N, M]``: which columns are negatives of the row.
+        valid: boolean ``[N, M]``, true where a column is a negative of the row.
         temperature: softmax temperature, > 0.
-        variant: one of the above.
-        sigma: parameter of "dclw", > 0.
-        tau_plus: parameter of "debiased" and "hard", in [0, 1).
-        beta: parameter of "hard", >= 0.
+        variant: name of the formula, one of the above.
+        sigma: width of the weights of "dclw", > 0.
+        tau_plus: assumed share of false negatives for "debiased" and "hard", in [0, 1).
+        beta: concentration on hard negatives for "hard", >= 0.
 
     Returns:
         ``[N]`` losses in the dtype of ``similarity``; a row without negatives has loss 0 and no gradient.
 
     Raises:
-        ValueError: a parameter out of range, or an unknown variant.
+        ValueError: if a parameter is out of range or the variant is unknown.
 
     Example:
         >>> similarity = torch.tensor([[0.5, -0.5, 1.0], [0.5, -0.5, 1.0]])
@@ -263,11 +264,11 @@ def info_nce_rows(
         return positive * 0
     count = valid.sum(1)
     any_negative = count > 0
-    # Rows without negatives keep all columns, as logsumexp over none has a NaN gradient; their loss is set to 0 below.
+    # Rows without negatives keep all columns: logsumexp of nothing has a NaN gradient. Their loss is set to 0 below.
     excluded = ~valid & any_negative[:, None]
 
     def log_sum(scale: float) -> Tensor:
-        # logsumexp subtracts the maximum of each row; subtracting a constant would underflow at small temperatures.
+        # logsumexp subtracts the maximum of each row. A constant would let small temperatures underflow.
         return (similarity * (scale / temperature)).masked_fill(excluded, -math.inf).logsumexp(1)
 
     s_positive = positive / temperature
@@ -288,13 +289,11 @@ def info_nce_rows(
 
 
 def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") -> float:
-    """Chance level: the loss of uninformative embeddings, for which all similarities are equal.
-
-    It is ``log(1 + negatives)``, averaged over rows; ``log(negatives)`` for "dcl" and "dclw".
+    """Loss if all similarities are equal: the mean of ``log(1 + n)``, or of ``log(n)`` for "dcl" and "dclw".
 
     Args:
-        valid_negatives: number of negatives of every row, or ``[N]`` numbers, one per row.
-        variant: see :func:`info_nce_rows`.
+        valid_negatives: number n of negatives, either equal for all rows or ``[N]``, one number per row.
+        variant: form of the loss, see :func:`info_nce_rows`.
 
     Example:
         >>> round(chance_level(511), 4)
@@ -308,10 +307,10 @@ def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") ->
 def check_loss_arguments(
     temperature: float, variant: str = "infonce", sigma: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0
 ) -> None:
-    """Check the arguments that the losses share; see :func:`info_nce_rows`.
+    """Check the range of the parameters of :func:`info_nce_rows`.
 
     Raises:
-        ValueError: "NAME=VALUE: ADVICE" of the first argument that is out of range.
+        ValueError: if an argument is out of range; the message is "NAME=VALUE: ADVICE".
 
     Example:
         >>> check_loss_arguments(temperature=0.2, variant="debiased", tau_plus=0.05)
@@ -333,13 +332,13 @@ def _log_debiased(log_mean: Tensor, s_positive: Tensor, tau_plus: float, floor: 
         return log_mean.clamp(min=floor)
     gap = (s_positive + math.log(tau_plus) - log_mean).clamp(max=0)
     above_zero = gap < 0
-    # The inner where keeps log1p(-1) = -inf and its gradient out of the rows that are set to the floor.
+    # In rows that are set to the floor, -1 replaces gap: log1p(-exp(0)) = -inf would have a NaN gradient.
     shrink = torch.log1p(-torch.where(above_zero, gap, -1.0).exp())
     return torch.where(above_zero, log_mean + shrink - math.log1p(-tau_plus), floor).clamp(min=floor)
 
 
 def positive_mask(same: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """Boolean ``[N, N]`` mask of the diagonal and the known positives, given as ids, as a mask, or not at all.
+    """Boolean ``[N, N]`` mask, true on the diagonal and for known positives; ``same`` as in :func:`nt_xent`.
 
     >>> positive_mask(torch.tensor([3, 3, -1]), 3, torch.device("cpu")).sum(1)
     tensor([2, 2, 1])

@@ -1,7 +1,7 @@
 """Metrics of embeddings and rankings, and a kNN classifier, as pure functions.
 
-Suffixes of names show shapes: N images or queries, D embedding size, M stored vectors. All functions compute without
-gradient and in at least fp32.
+Suffixes of names are shapes: N images or queries, D embedding size, M stored vectors or results. All functions compute
+without gradient and in at least fp32.
 """
 
 import math
@@ -19,8 +19,8 @@ def alignment(z_a: Tensor, z_b: Tensor) -> float:
     Wang & Isola 2020, arXiv:2005.10242, with alpha = 2.
 
     Args:
-        z_a: ``[N, D]``.
-        z_b: ``[N, D]``; row i is the positive of row i of ``z_a``.
+        z_a: ``[N, D]`` embeddings of the first views, not necessarily normalized.
+        z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
 
     Example:
         >>> alignment(torch.eye(2), torch.eye(2).flip(0))
@@ -36,7 +36,7 @@ def uniformity(z: Tensor) -> float:
     Wang & Isola 2020, arXiv:2005.10242, with t = 2. Uniformly distributed embeddings tend to -4 for large D.
 
     Args:
-        z: ``[N, D]``, N >= 2.
+        z: ``[N, D]`` embeddings, N >= 2, not necessarily normalized.
 
     Example:
         >>> uniformity(torch.eye(3))
@@ -51,12 +51,16 @@ def uniformity(z: Tensor) -> float:
 
 @torch.no_grad()
 def effective_rank(z: Tensor) -> float:
-    """RankMe: exponential of the entropy of the normalized singular values, in [1, min(N, D)]; 0 if all are zero.
+    """RankMe: exponential of the entropy of the normalized singular values, in [1, min(N, D)].
 
-    Garrido et al. 2023, arXiv:2210.02885, eq. 1. Needs at least 10 D rows; comparable only between runs of one method.
+    Garrido et al. 2023, arXiv:2210.02885, eq. 1. The estimate needs at least 10 D rows. Only values of runs of the same
+    method are comparable.
 
     Args:
-        z: ``[N, D]``, not centered.
+        z: ``[N, D]`` embeddings, not centered.
+
+    Returns:
+        The effective rank; 0 if all embeddings are zero.
 
     Example:
         >>> round(effective_rank(torch.eye(4)), 3)
@@ -72,13 +76,13 @@ def effective_rank(z: Tensor) -> float:
 
 @torch.no_grad()
 def feature_std(z: Tensor) -> float:
-    """Mean over dimensions of the standard deviation of normalized rows, times sqrt(D).
+    """Standard deviation of each dimension of the normalized rows, averaged over dimensions and multiplied by sqrt(D).
 
-    It is 0 for collapsed embeddings and 1 for uniformly distributed ones. SimSiam, Chen & He 2021, arXiv:2011.10566,
-    section 4.1.
+    The value is 0 for collapsed embeddings and 1 for uniformly distributed embeddings. SimSiam, Chen & He 2021,
+    arXiv:2011.10566, section 4.1.
 
     Args:
-        z: ``[N, D]``, N >= 2.
+        z: ``[N, D]`` embeddings, N >= 2, not necessarily normalized.
 
     Example:
         >>> feature_std(torch.eye(4))
@@ -89,16 +93,16 @@ def feature_std(z: Tensor) -> float:
 
 @torch.no_grad()
 def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Accuracy of the contrastive task and mean similarities, to be logged.
+    """Compute the metrics of a contrastive task that are logged during training.
 
     Args:
         positive: ``[N]`` cosine similarity of each row to its positive.
         similarity: ``[N, M]`` cosine similarities.
-        valid: boolean ``[N, M]``: which columns are negatives of the row.
+        valid: boolean ``[N, M]``, true where a column is a negative of the row.
 
     Returns:
-        Scalars ``contrastive_top1`` (share of rows whose positive is more similar than every negative; ties do not
-        count), ``positive_similarity`` and ``negative_similarity`` (mean cosine similarities).
+        Three scalars. ``contrastive_top1``: share of rows whose positive is more similar than every negative, without
+        ties. ``positive_similarity`` and ``negative_similarity``: mean cosine similarities to positives and negatives.
 
     Example:
         >>> valid = torch.ones(2, 2, dtype=torch.bool)
@@ -118,12 +122,15 @@ def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dic
 
 @torch.no_grad()
 def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor]:
-    """:func:`contrastive_logs` of first views, with all views of other images in the batch as negatives.
+    """Compute :func:`contrastive_logs` of the first views; all views of other images in the batch are negatives.
 
     Args:
-        z_a: ``[N, D]``.
-        z_b: ``[N, D]``; row i is the positive of row i of ``z_a``.
-        rows: number of first views to compare, which bounds the cost for large batches.
+        z_a: ``[N, D]`` embeddings of the first views.
+        z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
+        rows: number of first views that are evaluated; limits the cost for large batches.
+
+    Returns:
+        The scalars of :func:`contrastive_logs`.
 
     Example:
         >>> in_batch_logs(torch.eye(3), torch.eye(3))["contrastive_top1"]
@@ -141,11 +148,11 @@ def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor
 def recall_at_k(relevant: Tensor, k: int) -> float:
     """Recall@k: share of queries with at least one relevant result among their first k, in [0, 1].
 
-    Song et al. 2016, arXiv:1511.06452, section 6; also called hit rate.
+    Song et al. 2016, arXiv:1511.06452, section 6. Also called hit rate.
 
     Args:
-        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
-        k: number of results, >= 1.
+        relevant: boolean ``[N, M]``, true where a result is relevant to the query; best result first.
+        k: number of first results that are considered, >= 1.
 
     Example:
         >>> recall_at_k(torch.tensor([[False, True], [False, False]]), k=2)
@@ -158,9 +165,11 @@ def recall_at_k(relevant: Tensor, k: int) -> float:
 def precision_at_k(relevant: Tensor, k: int) -> float:
     """Precision@k: share of relevant results among the first k, averaged over queries, in [0, 1].
 
+    Manning, Raghavan & Schuetze 2008, Introduction to Information Retrieval, section 8.4.
+
     Args:
-        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
-        k: number of results, >= 1.
+        relevant: boolean ``[N, M]``, true where a result is relevant to the query; best result first.
+        k: number of first results that are considered, >= 1.
 
     Example:
         >>> precision_at_k(torch.tensor([[False, True], [False, False]]), k=2)
@@ -171,10 +180,12 @@ def precision_at_k(relevant: Tensor, k: int) -> float:
 
 @torch.no_grad()
 def mean_reciprocal_rank(relevant: Tensor) -> float:
-    """Mean over queries of 1 / rank of the first relevant result, 0 where there is none, in [0, 1].
+    """Mean reciprocal rank (MRR) of the first relevant result, in [0, 1].
+
+    Voorhees 1999, TREC-8 Question Answering Track. A query without relevant results counts as 0.
 
     Args:
-        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
+        relevant: boolean ``[N, M]``, true where a result is relevant to the query; best result first.
 
     Example:
         >>> mean_reciprocal_rank(torch.tensor([[False, True], [True, False]]))
@@ -185,10 +196,13 @@ def mean_reciprocal_rank(relevant: Tensor) -> float:
 
 @torch.no_grad()
 def mean_average_precision(relevant: Tensor) -> float:
-    """Mean over queries of the mean precision at each relevant result, 0 where there is none, in [0, 1].
+    """Mean average precision (mAP), in [0, 1].
+
+    The average precision of a query is the mean of the precision at the rank of each relevant result; it is 0 without
+    relevant results. Manning, Raghavan & Schuetze 2008, Introduction to Information Retrieval, section 8.4.
 
     Args:
-        relevant: boolean ``[N, M]``: whether each result of a query is relevant, best result first.
+        relevant: boolean ``[N, M]``, true where a result is relevant to the query; best result first.
 
     Example:
         >>> mean_average_precision(torch.tensor([[False, True], [True, True]]))
@@ -202,16 +216,16 @@ def mean_average_precision(relevant: Tensor) -> float:
 
 @torch.no_grad()
 def knn_neighbors(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The k nearest neighbors of each query in the bank by cosine similarity, most similar first.
+    """Find the k nearest neighbors of each query in the bank by cosine similarity.
 
     Args:
-        bank: ``[M, D]``.
-        queries: ``[N, D]``.
-        k: number of neighbors; at most M are returned.
-        chunk: number of queries processed at once, which bounds memory to ``chunk * M`` similarities.
+        bank: ``[M, D]`` features, not necessarily normalized.
+        queries: ``[N, D]`` features, not necessarily normalized.
+        k: number of neighbors; if the bank is smaller, M neighbors are returned.
+        chunk: number of queries processed at once; limits memory to ``chunk * M`` similarities.
 
     Returns:
-        Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``.
+        Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``, most similar neighbor first.
 
     Example:
         >>> similarity, position = knn_neighbors(torch.eye(3), torch.tensor([[0.0, 4.0, 3.0]]), k=2)
@@ -230,21 +244,21 @@ def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, cla
     Wu et al. 2018, arXiv:1805.01978, section 3.4.
 
     Args:
-        similarity: ``[N, K]`` cosine similarities, most similar first; K >= k unless the bank is smaller.
-        labels: int64 ``[N, K]`` classes of these neighbors.
-        k: number of neighbors that vote.
-        temperature: > 0.
+        similarity: ``[N, K]`` cosine similarities of the neighbors, most similar neighbor first.
+        labels: int64 ``[N, K]`` classes of the neighbors.
+        k: number of neighbors that vote; if K is smaller, all K vote.
+        temperature: temperature of the weights, > 0.
         classes: number of classes.
 
     Returns:
-        int64 ``[N]`` classes; the lowest of a tie.
+        int64 ``[N]`` predicted classes; of classes with equal votes, the one with the lowest index.
 
     Example:
         >>> knn_vote(torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 1, 1]]), k=3, temperature=1.0, classes=3)
         tensor([1])
     """
     s = similarity[:, :k]
-    # Weights are relative to the nearest neighbor: the vote is the same, and exp(1 / 0.001) does not overflow.
+    # Weights relative to the nearest neighbor give the same vote, and exp(1 / 0.001) does not overflow.
     weights = ((s - s[:, :1]) / temperature).exp()
     votes = s.new_zeros(len(s), classes).scatter_add_(1, labels[:, :k], weights)
     return votes.argmax(1)
@@ -253,18 +267,20 @@ def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, cla
 def knn_predict(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 200, temperature: float = 0.1, classes: int = 0
 ) -> Tensor:
-    """Weighted k-nearest-neighbor classification: :func:`knn_neighbors` followed by :func:`knn_vote`.
+    """Classify by weighted k nearest neighbors: :func:`knn_neighbors` followed by :func:`knn_vote`.
+
+    Wu et al. 2018, arXiv:1805.01978, section 3.4.
 
     Args:
-        bank: ``[M, D]`` features of labelled images.
-        bank_labels: int64 ``[M]``.
-        queries: ``[N, D]``.
+        bank: ``[M, D]`` features of labeled images.
+        bank_labels: int64 ``[M]`` classes of these images, >= 0.
+        queries: ``[N, D]`` features of the images to classify.
         k: number of neighbors that vote.
-        temperature: > 0.
-        classes: number of classes; 0 for one more than the largest of ``bank_labels``.
+        temperature: temperature of the weights, > 0.
+        classes: number of classes; 0 for ``bank_labels.max() + 1``.
 
     Returns:
-        int64 ``[N]`` classes.
+        int64 ``[N]`` predicted classes.
 
     Example:
         >>> knn_predict(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[0.9, 0.1]]), k=1)

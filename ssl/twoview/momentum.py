@@ -1,4 +1,4 @@
-"""Momentum encoder: an exponential moving average of a network, used by MoCo and its successors."""
+"""Momentum encoder: an exponential moving average (EMA) of a network, used by MoCo and later methods."""
 
 import copy
 from typing import Literal, cast, get_args
@@ -12,17 +12,17 @@ Statistics = Literal["own", "average", "copy"]
 
 
 class MomentumCopy(nn.Module):
-    """Copy of a module whose parameters are an exponential moving average of the original's, without gradient.
+    """Copy of a module whose parameters are an exponential moving average (EMA) of the original parameters.
 
-    MoCo, He et al. 2020, arXiv:1911.05722, eq. 2. The copy starts equal to the original.
+    MoCo, He et al. 2020, arXiv:1911.05722, eq. 2. The copy starts equal to the original and has no gradient.
 
     Args:
-        module: the original. It is not registered as a submodule, so its parameters appear only once.
-        statistics: running statistics of BatchNorm: "own", those of the copy's own inputs (official MoCo); "average",
-            an exponential moving average like the parameters; "copy", those of the original.
+        module: the original. It is not registered as a submodule, so its parameters are not listed twice.
+        statistics: source of the running statistics of BatchNorm in the copy. "own": inputs of the copy, as in the
+            official MoCo code. "average": EMA of the statistics of the original. "copy": statistics of the original.
 
     Raises:
-        UserError: an unknown value of ``statistics``.
+        UserError: if ``statistics`` is unknown.
 
     Example:
         >>> network = nn.Linear(2, 1, bias=False)
@@ -39,11 +39,11 @@ class MomentumCopy(nn.Module):
         require_choice("method", get_args(Statistics), statistics=statistics)
         self.copy = copy.deepcopy(module).requires_grad_(False)
         self.statistics = statistics
-        self._original = (module,)  # in a tuple, nn.Module does not register it
+        self._original = (module,)  # nn.Module does not register modules in a tuple
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the copy for ``x``, without gradient."""
+        """Apply the copy to ``x``, without gradient."""
         return cast(Tensor, self.copy(x))
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class MomentumCopy(nn.Module):
         """Update all parameters: ``copy = momentum * copy + (1 - momentum) * original``.
 
         Args:
-            momentum: in [0, 1].
+            momentum: weight of the copy, in [0, 1].
         """
         torch._foreach_lerp_(list(self.copy.parameters()), list(self._original[0].parameters()), 1 - momentum)
         if self.statistics == "own":

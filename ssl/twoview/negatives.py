@@ -1,4 +1,4 @@
-"""Queue of negatives: the keys of earlier batches, first in, first out."""
+"""First-in, first-out queue of the keys of earlier batches, which serve as negatives."""
 
 import torch
 from torch import Tensor, nn
@@ -7,17 +7,17 @@ from twoview.errors import require_at_least
 
 
 class NegativeQueue(nn.Module):
-    """Ring buffer of the last K keys, stored in buffers so that checkpoints contain it.
+    """Ring buffer of the last K keys. Keys are module buffers, so that checkpoints contain them.
 
-    MoCo, He et al. 2020, arXiv:1911.05722, section 3.2. The queue starts empty; unfilled slots are not returned. The
-    image index of each key is stored with it, so that keys of a query's own image can be removed from its negatives.
+    MoCo, He et al. 2020, arXiv:1911.05722, section 3.2. The queue starts empty, and only filled slots are returned. The
+    image index of each key is stored too, so that keys of the same image can be removed from the negatives of a query.
 
     Args:
         size: number K of slots, >= 1.
         dim: width D of a key.
 
     Raises:
-        UserError: a size below 1.
+        UserError: if the size is below 1.
 
     Example:
         >>> queue = NegativeQueue(size=4, dim=2)
@@ -42,26 +42,28 @@ class NegativeQueue(nn.Module):
         return int(self.filled)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Normalized keys ``[k, D]`` and int64 image indices ``[k]`` of the k filled slots, in arbitrary order.
+        """Return the content of the k filled slots.
 
-        Both are views of the buffers, which the next :meth:`push` overwrites.
+        Returns:
+            L2-normalized keys ``[k, D]`` and int64 image indices ``[k]``, in the order of the slots. Both are views of
+            the buffers; the next :meth:`push` changes them.
         """
         filled = len(self)
         return self.keys[:filled], self.ids[:filled]
 
     @torch.no_grad()
     def push(self, keys: Tensor, ids: Tensor) -> None:
-        """Store keys in place of the oldest ones; of more than K keys, the last K are stored.
+        """Store keys and overwrite the oldest keys. If N > K, only the last K keys are stored.
 
-        In distributed training, push the output of :func:`twoview.distributed.gather`, so that all ranks have the same
+        In distributed training, push the output of :func:`twoview.distributed.gather`; all ranks then have the same
         queue.
 
         Args:
-            keys: ``[N, D]``; normalized before they are stored.
-            ids: int64 ``[N]`` image index of each key.
+            keys: ``[N, D]``; L2-normalized before storing.
+            ids: int64 ``[N]``, image index of each key.
 
         Raises:
-            ValueError: shapes that do not match.
+            ValueError: if shapes do not match.
         """
         size, dim = self.keys.shape
         if keys.ndim != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
@@ -78,5 +80,5 @@ class NegativeQueue(nn.Module):
 
     @property
     def age(self) -> int:
-        """Age of the oldest key in batches: 1 if it was stored by the last batch, 0 if the queue is empty."""
+        """Age of the oldest key in batches: 1 for a key of the last batch, 0 for an empty queue."""
         return 1 + int(self.pushes - self.pushed_at[: len(self)].min()) if len(self) else 0

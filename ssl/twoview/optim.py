@@ -1,4 +1,4 @@
-"""Optimizers with the parameter groups and the learning-rate scaling of contrastive learning."""
+"""Optimizers with parameter groups for weight decay and with learning-rate scaling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +18,16 @@ class OptimizerSettings:
     """Optimizer settings.
 
     Args:
-        factory: called with parameter groups and ``lr``, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
+        factory: function ``(parameter_groups, lr=lr) -> Optimizer``, such as
+            ``functools.partial(torch.optim.SGD, momentum=0.9)``.
         lr: learning rate for a batch of 256 images, > 0.
-        weight_decay: weight decay of matrices and kernels, >= 0; biases and parameters of norm layers have none, as in
-            SimCLR and MoCo v3.
-        lr_scaling: scaling of ``lr`` with the global batch size: "none", "linear" or "sqrt".
+        weight_decay: weight decay of matrices and kernels, >= 0. Biases and parameters of norm layers have no weight
+            decay, as in SimCLR and MoCo v3.
+        lr_scaling: scaling of ``lr`` with the global batch size: "none", "linear" or "sqrt"; see
+            :func:`twoview.schedules.scaled_lr`.
 
     Raises:
-        UserError: a value out of range, or LARS without weight decay.
+        UserError: if a value is out of range, or LARS is used without weight decay.
 
     Example:
         >>> optimizer = OptimizerSettings(lr=0.001, lr_scaling="linear").build(nn.Linear(4, 2), global_batch=512)
@@ -42,19 +44,23 @@ class OptimizerSettings:
         require(self.lr > 0, f"optimizer.lr={self.lr}: the learning rate must be above 0")
         require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay}: must be at least 0")
         require_choice("optimizer", ("none", "linear", "sqrt"), lr_scaling=self.lr_scaling)
-        # Lars of timm adapts only groups with weight decay; this is how it excludes biases and norm layers.
+        # Lars of timm adapts the learning rate only in groups with weight decay.
         adapts = self.weight_decay > 0 or getattr(self.factory, "func", self.factory) is not Lars
         require(adapts, "optimizer.weight_decay=0: LARS would be plain SGD; set it above 0, such as 1e-6")
 
     def build(self, module: nn.Module, global_batch: int) -> Optimizer:
-        """Create the optimizer of the parameters that require gradients, at the scaled learning rate.
+        """Create the optimizer of the parameters that require gradients, with the scaled learning rate.
 
         Args:
-            module: its parameters are optimized.
-            global_batch: images per optimizer step, over all ranks and accumulated batches.
+            module: module with the parameters.
+            global_batch: number of images per optimizer step, over all ranks and accumulated batches.
+
+        Returns:
+            The optimizer. Each parameter group has two additional entries: ``name``, and the scaled learning rate
+            ``base_lr``, which the schedule multiplies.
 
         Raises:
-            UserError: the factory refuses its arguments.
+            UserError: if the factory raises a ``TypeError`` or ``ValueError``.
         """
         groups = param_groups_weight_decay(module, self.weight_decay)
         for group, name in zip(groups, ("biases and norms", "weights"), strict=True):
@@ -65,15 +71,15 @@ class OptimizerSettings:
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer.factory: {error}") from error
         for group in optimizer.param_groups:
-            group["base_lr"] = lr  # multiplied by the schedule; saved in the state of the optimizer
+            group["base_lr"] = lr  # multiplied by the schedule; part of the optimizer state
         return optimizer
 
 
 def describe_groups(optimizer: Optimizer) -> list[str]:
-    """One line per parameter group: number of tensors and parameters, weight decay, LARS adaptation, learning rate.
+    """Describe each parameter group in one line: tensors, parameters, weight decay, LARS adaptation, learning rate.
 
     Args:
-        optimizer: created by :meth:`OptimizerSettings.build`.
+        optimizer: an optimizer created by :meth:`OptimizerSettings.build`.
 
     Example:
         >>> describe_groups(OptimizerSettings().build(nn.Linear(4, 2), global_batch=256))[1]

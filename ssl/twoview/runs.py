@@ -1,4 +1,4 @@
-"""Public API: pretrain, evaluate, fine-tune, compare and preview, as plain functions without a configuration system."""
+"""Public API: functions to pretrain, evaluate, fine-tune, compare and preview, without a configuration system."""
 
 import contextlib
 import inspect
@@ -47,23 +47,23 @@ def pretrain(
 ) -> Report:
     """Pretrain a backbone without labels, then evaluate its features.
 
-    A run that was stopped continues exactly: image order, augmentation, schedules and momentum are functions of seed
-    and step, and all other state is in the checkpoint.
+    A resumed run gives the same result as an uninterrupted run: image order, augmentation, schedules and momentum are
+    functions of seed and step, and all other state is in the checkpoint.
 
     Args:
-        data: the images; or a function that loads them, called after everything cheap has been checked; or a torch
-            Dataset of images, see :func:`twoview.data.from_dataset` (which also takes a test set and a batch size).
+        data: images; or a function that loads images, called after the networks have been built; or a torch
+            Dataset of images. Use :func:`twoview.data.from_dataset` to add a test set or set the batch size.
         recipe: method, backbone, head, augmentation, optimizer and schedule; None for SimCLR.
-        trainer: length, devices and precision.
-        settings: what is evaluated, and how; None for no evaluation. Without labels there is none either.
-        run: folder, seed and loggers, and whether an earlier run is resumed.
+        trainer: length, devices and precision; None for the default settings.
+        settings: evaluation settings; None for no evaluation. Images without labels are not evaluated.
+        run: folder, seed, loggers, and whether an earlier run is resumed; None for the default settings.
 
     Returns:
-        The content of ``report.json``; of several processes, only the first one returns it, the others ``{}``.
+        The content of ``report.json`` on rank 0; an empty mapping on the other ranks.
 
     Raises:
-        UserError: a mistake in the arguments, before training starts.
-        twoview.errors.Interrupted: a signal asked the run to stop; it has been saved.
+        UserError: if the arguments are invalid, or training diverges or runs out of memory.
+        twoview.errors.Interrupted: if a signal stopped the run; a checkpoint has been saved.
 
     Example:
         >>> from functools import partial
@@ -105,22 +105,22 @@ def evaluate(
     run_dir: Folder = "run",
     task: str = "evaluate",
 ) -> Report:
-    """Evaluate a backbone on labelled images, beside random initialization and raw pixels.
+    """Evaluate a backbone on labeled images and, as baselines, random initialization and raw pixels.
 
     Args:
-        encoder: the network, or what :func:`twoview.load` takes.
-        data: the images, or a function that loads them for given ``image_size`` and ``channels``.
-        settings: what is measured, and how; everything but ``linear_sgd`` by default.
-        augment: makes the views whose alignment is measured; equal for all networks that are to be compared.
+        encoder: an encoder, or a source for :func:`twoview.load`.
+        data: labeled images, or a function that loads them, called with ``image_size`` and ``channels``.
+        settings: evaluation settings; by default all measures except ``linear_sgd``.
+        augment: builds the views for the alignment metric; use the same for all networks that are compared.
         seed: seed of the held-out split, of random initialization and of all other random draws.
         run_dir: folder for ``report.json``, ``report.md``, ``report.html`` and further files; created if missing.
-        task: name of the task in the report; pages are written for "evaluate" only.
+        task: name of the task in the report; the Markdown and HTML reports are written for "evaluate" only.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        UserError: no checkpoint there, or images that do not fit it.
+        UserError: if there is no such checkpoint, or the images do not fit the network.
 
     Example:
         >>> from twoview.data import digits
@@ -138,7 +138,17 @@ def evaluate(
 def linear_probe(
     encoder: Source, data: Images, settings: EvaluationSettings | None = None, seed: int = 0, run_dir: Folder = "run"
 ) -> Report:
-    """:func:`evaluate` with the linear probes of the settings only.
+    """Run :func:`evaluate` with linear probes only, and return the content of ``report.json``.
+
+    Args:
+        encoder: an encoder, or a source for :func:`twoview.load`.
+        data: labeled images, or a function that loads them, called with ``image_size`` and ``channels``.
+        settings: evaluation settings, reduced to its linear probes; None for the default settings.
+        seed: seed of the held-out split, of random initialization and of all other random draws.
+        run_dir: folder for ``report.json`` and further files; created if missing.
+
+    Raises:
+        UserError: if there is no such checkpoint, or the images do not fit the network.
 
     Example:
         >>> from twoview.data import digits
@@ -154,7 +164,17 @@ def linear_probe(
 def knn(
     encoder: Source, data: Images, settings: EvaluationSettings | None = None, seed: int = 0, run_dir: Folder = "run"
 ) -> Report:
-    """:func:`evaluate` with k nearest neighbors only.
+    """Run :func:`evaluate` with k nearest neighbors (kNN) only, and return the content of ``report.json``.
+
+    Args:
+        encoder: an encoder, or a source for :func:`twoview.load`.
+        data: labeled images, or a function that loads them, called with ``image_size`` and ``channels``.
+        settings: evaluation settings, reduced to the kNN measure; None for the default settings.
+        seed: seed of the held-out split, of random initialization and of all other random draws.
+        run_dir: folder for ``report.json`` and further files; created if missing.
+
+    Raises:
+        UserError: if there is no such checkpoint, or the images do not fit the network.
 
     Example:
         >>> from twoview.data import digits
@@ -177,23 +197,23 @@ def finetune(
     seed: int = 0,
     run_dir: Folder = "run",
 ) -> Report:
-    """Train the whole network on labels and, for reference, the same network from random initialization.
+    """Fine-tune a network on labels and, as a baseline, train the same network from random initialization.
 
     Args:
-        encoder: the network, or what :func:`twoview.load` takes.
-        data: the images, or a function that loads them for given ``image_size`` and ``channels``.
-        augment: makes the views, of which the first is used.
-        optimizer: which optimizer; its learning rate is chosen among those of ``settings``.
-        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
-        settings: share of the labels, epochs, learning rates.
-        seed: seed of classifier, image order, views and held-out split; the same labels are used for all seeds.
+        encoder: an encoder, or a source for :func:`twoview.load`.
+        data: labeled images, or a function that loads them, called with ``image_size`` and ``channels``.
+        augment: builds the views; only the first view is used.
+        optimizer: optimizer settings; ``lr`` is replaced by the best of ``settings.learning_rates``.
+        schedule: factor of the learning rate as a function of completed epochs and number of epochs.
+        settings: share of the labels, epochs and learning rates.
+        seed: seed of classifier, image order, views and held-out split; all seeds use the same labels.
         run_dir: folder for ``report.json``; created if missing.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        UserError: no checkpoint there, or images that do not fit it.
+        UserError: if there is no such checkpoint, or the images do not fit the network.
 
     Example:
         >>> from twoview.data import digits
@@ -213,10 +233,10 @@ def finetune(
 
 
 def compare(runs: Sequence[Folder], seed: int = 0, run_dir: Folder = "run", resamples: int = 2000) -> Report:
-    """Compare finished runs on the same test images; differences from the first have paired bootstrap intervals.
+    """Compare finished runs with the first one on the same test images, with paired bootstrap intervals.
 
     Args:
-        runs: two or more folders of finished runs.
+        runs: folders of two or more finished runs.
         seed: seed of the bootstrap.
         run_dir: folder for ``report.json``, ``report.md`` and ``report.html``; created if missing.
         resamples: number of resamples of the test images.
@@ -225,7 +245,7 @@ def compare(runs: Sequence[Folder], seed: int = 0, run_dir: Folder = "run", resa
         The content of ``report.json``; see :func:`twoview.evaluation.compare.compare`.
 
     Raises:
-        UserError: too few runs, one that is not finished, or other test images.
+        UserError: if there are too few runs, a run is not finished, or the test images differ.
 
     Example:
         >>> from twoview.data import digits
@@ -253,21 +273,18 @@ def preview(
     seed: int = 0,
     run_dir: Folder = "run",
 ) -> Path:
-    """Write ``views.png``: a row for each image, the original first, then pairs of its two views.
+    """Write ``views.png`` and return its path. Each row shows an image and pairs of its augmented views.
 
     Args:
-        data: the images, or a function that loads them.
-        augment: makes the views, as for :func:`pretrain`.
-        images: rows.
-        pairs: pairs of views in a row.
+        data: images, or a function that loads them.
+        augment: builds the views, as for :func:`pretrain`.
+        images: number of images, >= 1.
+        pairs: number of pairs of views per image, >= 1.
         seed: seed of the views.
-        run_dir: target folder; created if missing.
-
-    Returns:
-        Path of the file.
+        run_dir: folder for the file; created if missing.
 
     Raises:
-        UserError: fewer than one row or pair.
+        UserError: if ``images`` or ``pairs`` is below 1.
 
     Example:
         >>> from twoview.data import digits
@@ -287,7 +304,7 @@ def preview(
 
 
 def _open(source: Source, data: Images, seed: int) -> tuple[Encoder, ImageData]:
-    """The network, and images that fit it."""
+    """Load the encoder and the images, and check that they fit each other."""
     if isinstance(data, ImageData) and str(source).startswith(("timm:", "random:")):
         source = load(str(source), data.image_size, data.channels, seed=seed)
     encoder = source if isinstance(source, Encoder) else load(source, seed=seed)

@@ -1,22 +1,24 @@
-"""Schedules as pure functions of progress, without a stored current value."""
+"""Schedules as stateless functions of the progress of training."""
 
 import math
 from typing import Literal
 
 
 def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float = 10.0, end: float = 0.0) -> float:
-    """Factor of the base learning rate: linear warm-up, then cosine decay to ``end``.
+    """Compute the factor of the base learning rate: linear warm-up, then cosine decay to ``end``.
 
-    SimCLR, appendix B.6; cosine decay of Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts.
+    SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.6. The cosine decay is that of Loshchilov & Hutter 2017,
+    arXiv:1608.03983, without restarts.
 
     Args:
-        epoch: completed epochs, with fractions; >= 0.
-        epochs: length of the run; ``inf`` while it is unknown: the factor then stays at 1 after the warm-up.
-        warmup_epochs: length of the warm-up, at most a fifth of the run.
+        epoch: number of completed epochs, >= 0; may be a fraction.
+        epochs: length of the run in epochs. ``inf`` if the length is unknown; the factor then stays at 1 after the
+            warm-up.
+        warmup_epochs: length of the warm-up in epochs; shortened to a fifth of the run if longer.
         end: factor at the end of the run, in [0, 1].
 
     Returns:
-        A factor in [0, 1].
+        The factor, in [0, 1].
 
     Example:
         >>> [round(warmup_cosine(e, 100), 3) for e in (0, 5, 10, 55, 100)]
@@ -30,7 +32,11 @@ def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float = 10.0, end:
 
 
 def constant(epoch: float, epochs: float) -> float:
-    """Factor 1 at every epoch; has the arguments of :func:`warmup_cosine`.
+    """Return the factor 1 of a constant learning rate.
+
+    Args:
+        epoch: number of completed epochs; not used.
+        epochs: length of the run in epochs; not used.
 
     Example:
         >>> constant(3, 100)
@@ -40,7 +46,12 @@ def constant(epoch: float, epochs: float) -> float:
 
 
 def cosine_ramp(progress: float, start: float, end: float) -> float:
-    """Half a cosine from ``start`` at progress 0 to ``end`` at progress 1.
+    """Interpolate between two values along half a period of a cosine.
+
+    Args:
+        progress: completed share of the run, in [0, 1].
+        start: value at progress 0.
+        end: value at progress 1.
 
     Example:
         >>> cosine_ramp(0.0, 0.996, 1.0), cosine_ramp(1.0, 0.996, 1.0)
@@ -50,16 +61,17 @@ def cosine_ramp(progress: float, start: float, end: float) -> float:
 
 
 def scaled_lr(lr: float, global_batch: int, scaling: Literal["none", "linear", "sqrt"], reference: int = 256) -> float:
-    """Learning rate scaled with the batch size.
+    """Scale a learning rate with the batch size.
 
-    Linear scaling: Goyal et al. 2017, arXiv:1706.02677. Square-root scaling suits small batches and short runs (SimCLR,
-    appendix B.1).
+    Linear scaling is from Goyal et al. 2017, arXiv:1706.02677. Square-root scaling suits small batches and short runs
+    (SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.1).
 
     Args:
         lr: learning rate for a batch of ``reference`` images.
-        global_batch: images per optimizer step, over all ranks and accumulated batches.
-        scaling: "none", "linear" or "sqrt".
-        reference: batch size for which ``lr`` is given.
+        global_batch: number of images per optimizer step, over all ranks and accumulated batches.
+        scaling: "none" for ``lr``; "linear" and "sqrt" multiply ``lr`` by the ratio of batch sizes or by its square
+            root.
+        reference: batch size that ``lr`` is given for.
 
     Example:
         >>> scaled_lr(0.3, 4096, "linear"), scaled_lr(0.3, 1024, "sqrt"), scaled_lr(0.3, 4096, "none")

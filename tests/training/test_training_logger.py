@@ -60,7 +60,7 @@ def test_a_collapsed_backbone_is_detected_behind_the_batchnorm_of_the_head(tmp_p
     pretrain(tmp_path, method=Collapsed, settings=None)
     rows = [row for row in logged(tmp_path) if row["train/embedding_std"]]
     assert float(rows[-1]["train/embedding_std"]) > 0.5
-    assert caplog.text.count("The features are collapsing") == 1
+    assert caplog.text.count("Collapse: nearly the same features") == 1
 
 
 def test_the_first_batch_of_moco_fills_the_queue_and_takes_no_step(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line. Hydra and OmegaConf are imported in this package only."""
+"""Command line. Only this subpackage imports Hydra and OmegaConf."""
 
 from twoview.cli.main import main
 

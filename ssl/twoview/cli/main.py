@@ -1,4 +1,4 @@
-"""The command line: Hydra's entry point, one job, instantiation of the task's parts, and the printed report."""
+"""Command line: entry point, execution of one job, and printed report."""
 
 import logging
 import math
@@ -22,13 +22,13 @@ from twoview.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-# Knobs of pretraining that task=evaluate does not have, or reads from the checkpoint.
+# Knobs of pretraining that are not passed to task=evaluate, which reads their values from the checkpoint.
 _PRETRAIN_ONLY = ("data.image_size", "data.store_size", "data.channels")
 
-# Hydra's defaults would minimize, and draw other trials each time, so that finished ones are not found again.
+# Maximize the metric. A fixed seed repeats the same trials, so that finished runs are found again.
 _OPTUNA = ("hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=0")
 
-# -v as an override, which reaches the jobs of every launcher.
+# Override for -v. Unlike a flag, an override is passed to the jobs of every launcher.
 _VERBOSE = "++hydra.job_logging.handlers.console.level=DEBUG"
 
 
@@ -36,8 +36,8 @@ def main() -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: code 2 for a mistake of the user, 1 if a run of a sweep failed, 130 after Ctrl-C, or the code of an
-            interrupted run.
+        SystemExit: exit code 2 after a :class:`UserError`, 1 if a run of a sweep failed, 130 after Ctrl-C, and
+            otherwise the code of :class:`Interrupted`.
     """
     arguments = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
     verbose = [_VERBOSE] if len(arguments) < len(sys.argv[1:]) else []
@@ -46,7 +46,7 @@ def main() -> None:
     sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
     try:
         overrides = resolve_resume(overrides, sweep)
-        # Other flags ask Hydra for something else than a run: help, the configuration, shell completion.
+        # With other flags, Hydra starts no run: help, printed configuration, shell completion.
         if sweep or not flags:
             arguments = [*flags, *check_overrides(overrides, sweep), *common_folder(overrides, sweep)]
         sys.argv[1:] = [*arguments, *verbose]
@@ -72,7 +72,7 @@ def _end(message: object, code: int) -> NoReturn:
 
 
 def _job(cfg: DictConfig) -> float | None:
-    """Run one job; the returned figure is what a sweeper optimizes, None if it is missing or not finite."""
+    """Run one job. Return the metric that a sweeper optimizes; None if the metric is missing or not finite."""
     job, name, figure, mistake = HydraConfig.get(), cfg.get("select_by"), None, None
     sweep = job.mode == hydra.types.RunMode.MULTIRUN
     try:
@@ -82,16 +82,16 @@ def _job(cfg: DictConfig) -> float | None:
         figure = figures.get(name)
         figure = figure if figure is not None and math.isfinite(figure) else None
     except Interrupted as stop:
-        # SystemExit ends a sweep too. A rank that Lightning started exits with 0, or Lightning would kill rank 0.
+        # SystemExit also ends a sweep. Ranks started by Lightning exit with 0, otherwise Lightning would kill rank 0.
         started = int(os.environ.get("LOCAL_RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
         _end(stop, 0 if started else stop.code)
     except Exception as error:
         user_error = _user_error(error)
         if os.environ.get("HYDRA_FULL_ERROR") or not (user_error or sweep):
             raise
-        if not sweep:  # SystemExit, as Hydra would print an exception with its own traceback
+        if not sweep:  # SystemExit, because Hydra prints other exceptions with a traceback
             _end(user_error, 2)
-        # The other runs continue.
+        # Record the failure; the other runs of the sweep continue.
         log.error("%s: %s", " ".join(job.overrides.task), user_error or "failed", exc_info=user_error is None)
         mistake = str(user_error or f"{type(error).__name__}: {error}")
     if sweep:
@@ -101,12 +101,12 @@ def _job(cfg: DictConfig) -> float | None:
 
 
 def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
-    """Call the function of the task with its instantiated parts, and print its report.
+    """Instantiate the arguments of the task, call its function, and print the report.
 
     Returns:
-        The report; an empty mapping for a task without one.
+        The report; an empty mapping if the task has no report.
     """
-    from twoview.runs import SELECTABLE  # here, so that a mistyped knob does not wait for torch
+    from twoview.runs import SELECTABLE  # imported late: errors in knobs are reported before torch is imported
 
     select_by, choices = cfg.get("select_by"), ", ".join(SELECTABLE)
     require(select_by in (None, *SELECTABLE), f"select_by={select_by}: choose one of {choices}")
@@ -118,7 +118,7 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
     else:
         _set_rank_logging(rank)
     task = cfg.task
-    if sweep and "resume" in task.get("run", {}):  # a sweep that is started again resumes its unfinished runs
+    if sweep and "resume" in task.get("run", {}):  # a repeated sweep resumes its unfinished runs
         task = OmegaConf.merge(task, {"run": {"resume": True}})
     parts = {str(name): _instantiate(str(name), node) for name, node in task.items() if name != "_target_"}
     result = hydra.utils.get_method(task._target_)(**parts)
@@ -129,18 +129,18 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
 
 
 def _instantiate(name: str, node: Any) -> Any:
-    """An argument of a task's function: a node, instantiated by its own ``_target_``, or a plain value."""
+    """Instantiate an argument of the task by its ``_target_``; plain values are returned unchanged."""
     try:
         return hydra.utils.instantiate(node, _convert_="all") if OmegaConf.is_config(node) else node
     except HydraException as error:
         if _user_error(error):
             raise
-        # Knobs that the class does not accept together, or an extra that is not installed.
+        # Invalid combination of knobs, or an optional dependency that is not installed.
         raise UserError(f"{name}: {str(error.__cause__ or error).splitlines()[0]}") from error
 
 
 def _set_rank_logging(rank: str) -> None:
-    """Logging of a rank other than 0: errors only on the console, the rank's number before each line of run.log."""
+    """Set the logging of a rank other than 0: console shows errors only, lines of run.log name the rank."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
@@ -154,14 +154,14 @@ def _print_report(report: Mapping[str, Any]) -> None:
 
     shown = comparison_tables(report) if report["task"] == "compare" else tables(report)
     for table in shown if report["task"] in ("evaluate", "compare") else shown[:1]:
-        if table.title not in ("Classes", "Invariance"):  # too long for a terminal; the pages have them
+        if table.title not in ("Classes", "Invariance"):  # too long for a terminal; shown in report.html and report.md
             show(table)
     folder = os.path.relpath(report["run_dir"])
     pages = ("report.html", "report.md", "report.json")
     print("report: " + ", ".join(f"{folder}/{name}" for name in pages if (Path(folder) / name).exists()))
     if report["task"] == "pretrain":
         given, choices = HydraConfig.get().overrides.task, HydraConfig.get().runtime.choices
-        # eval=full, which task=evaluate uses, has the knobs of eval=default but not those of the other choices.
+        # task=evaluate uses eval=full, which has all knobs of eval=default but not those of other choices.
         kinds = ("data.", "seed=", *(["eval."] if choices["eval"] == "default" else []))
         same = [o for o in given if o.startswith(kinds) and o.split("=")[0] not in _PRETRAIN_ONLY]
         words = ["task=evaluate", f"data={choices['data']}", *same, f"checkpoint={folder}"]
@@ -170,7 +170,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """The first UserError of an exception and what it was raised from."""
+    """Return the first UserError in the chain of causes of an exception, including the exception itself."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,4 +1,4 @@
-"""Overrides of the command line: quoting, and checks with "did you mean" before torch is imported."""
+"""Quoting of command-line overrides, and checks with suggestions before torch is imported."""
 
 import difflib
 import re
@@ -17,16 +17,16 @@ from omegaconf.errors import OmegaConfBaseException
 from twoview.errors import UserError, require
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In the package of an installed wheel, at the root of a clone.
+# The folder conf/ is inside the package in an installed wheel, and at the repository root in a clone.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1] / "conf"
 
 # Knobs that have a default value and accept null.
 _NULLABLE = ("trainer.max_epochs", "trainer.max_time", "select_by", "eval.cache")
 
-# Launchers and sweepers that are plugins of Hydra, and the extras that install them.
+# Plugins of Hydra (launchers and sweepers), and the optional dependencies that install them.
 _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "optuna": "optuna"}
 
-# Type of a default value, and what to ask for where an override has another type.
+# Type of a default value, and its description in the error message for an override of another type.
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
 
 
@@ -46,7 +46,7 @@ def quoted(argument: str) -> str:
 
 
 def value_of(key: str, overrides: Iterable[str]) -> str | None:
-    """Return the value that overrides such as ``key=value`` give to a key, without its quotes; None without one."""
+    """Return the value of a key in overrides such as ``key=value``, without quotes; None if the key is missing."""
     return next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith(f"{key}=")), None)
 
 
@@ -59,15 +59,15 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
     """Check that the configuration accepts the overrides: keys, choices of groups, and types of values.
 
     Args:
-        overrides: overrides of the command line, quoted.
-        sweep: whether ``a=1,2`` means two runs.
+        overrides: overrides of the command line, quoted by :func:`quoted`.
+        sweep: whether the command is a sweep, in which ``a=1,2`` means two runs.
 
     Returns:
-        The overrides for Hydra, with ``++`` before those into a mapping that accepts any key, such as
-        ``augment.view_b``.
+        The overrides for Hydra. Keys inside a mapping that accepts any key, such as ``augment.view_b``, get the prefix
+        ``++``.
 
     Raises:
-        UserError: an override is not accepted; the message names the knob, its value and the nearest valid one.
+        UserError: if an override is not accepted; the message suggests the nearest valid key or value.
     """
     parser = OverridesParser.create()
     parsed: list[Override] = []
@@ -121,7 +121,7 @@ def _compose_groups(groups: list[Override]) -> DictConfig:
 
 
 def _free(text: str, knobs: Mapping[str, Any]) -> str:
-    """``++text`` where the key is inside an empty mapping, which accepts any key; Hydra alone would reject it."""
+    """Add the prefix ``++`` if the key is inside an empty mapping; without it, Hydra rejects the new key."""
     key = text.partition("=")[0]
     parents = (key.rsplit(".", i)[0] for i in range(key.count(".") + 1))
     return f"++{text}" if any(knobs.get(parent) == {} for parent in parents) else text
@@ -154,7 +154,7 @@ def _choices(group: str) -> list[str]:
 
 
 def _knobs(cfg: DictConfig) -> dict[str, Any]:
-    """Every knob by its dotted name, mappings included; interpolations are not resolved."""
+    """Return all knobs and mappings by dotted name, without resolving interpolations."""
 
     def flat(node: Any, prefix: str) -> dict[str, Any]:
         knobs = {}
@@ -164,7 +164,7 @@ def _knobs(cfg: DictConfig) -> dict[str, Any]:
                 knobs |= flat(value, f"{prefix}{key}.")
         return knobs
 
-    # The node of the task only repeats the groups.
+    # The node of the task only refers to the other groups.
     return flat(OmegaConf.to_container(without(cfg, "task")), "")
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: ``resume=``, the folder of all ranks under torchrun, and the hash of a configuration."""
+"""Choice of the run folder for ``resume=`` and under torchrun, and hash of a configuration."""
 
 import hashlib
 import json
@@ -13,22 +13,25 @@ from omegaconf import OmegaConf
 from twoview.cli.overrides import CONF, check_overrides, quoted, value_of, without
 from twoview.errors import require
 
-# Top-level keys that do not identify a configuration: folders, loggers, what is resumed, and copies of other keys.
+# Top-level keys that are not part of the identity of a configuration.
 _NOT_IDENTIFYING = ("task", "logger", "resume", "rerun", "hydra")
 
 
 def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:
-    """Replace ``resume=RUN_DIR`` by the stored overrides of that run, and ``resume=auto`` by those of the newest one.
+    """Replace ``resume=`` by the overrides that continue a run in its folder.
+
+    ``resume=RUN_DIR`` continues the run in this folder with its stored overrides. ``resume=auto`` continues the newest
+    unfinished run of the same configuration.
 
     Args:
-        overrides: overrides of the command line, quoted; they take precedence over stored ones.
+        overrides: overrides of the command line, quoted; these take precedence over stored overrides.
         sweep: whether the command is a sweep.
 
     Returns:
-        The overrides of the run to resume, in its folder; ``overrides`` without ``resume=`` if there is none.
+        The overrides of the run to continue; ``overrides`` without ``resume=`` if there is no run to continue.
 
     Raises:
-        UserError: the folder holds no run, or ``resume=`` is given to a sweep.
+        UserError: if the folder holds no run, or ``resume=`` is given to a sweep.
     """
     where = value_of("resume", overrides)
     if where is None:
@@ -51,19 +54,19 @@ def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:
 
 
 def common_folder(overrides: list[str], sweep: bool) -> list[str]:
-    """The override of the run folder that rank 0 chooses for all ranks under torchrun.
+    """Under torchrun, return the override of the run folder that rank 0 chooses for all ranks.
 
-    The default folder is named after the time, which each process would read by itself.
+    The name of the default folder is the current time, which differs between processes.
 
     Args:
         overrides: overrides of the command line.
         sweep: whether the command is a sweep.
 
     Returns:
-        ``hydra.run.dir=FOLDER`` as the only element; an empty list where no common folder is needed.
+        A list with ``hydra.run.dir=FOLDER``; an empty list without torchrun or if the folder is given.
 
     Raises:
-        UserError: a sweep under torchrun.
+        UserError: if a sweep is started under torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return []
@@ -89,7 +92,7 @@ def _newest_unfinished(overrides: list[str]) -> Path | None:
 
 
 def _identifying(cfg: Any) -> Any:
-    """The resolved part of a configuration that two runs must share to be the same run."""
+    """Return the part of a configuration that identifies a run, with interpolations resolved."""
     return OmegaConf.to_container(without(cfg, *_NOT_IDENTIFYING), resolve=True)
 
 
@@ -97,5 +100,5 @@ def _config_hash(*, _root_: Any) -> str:
     return hashlib.blake2b(json.dumps(_identifying(_root_), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-# Registered at import, so that it is known in every process that a launcher hands a job to.
+# Registered at import, so that the resolver is known in every process of a launcher.
 OmegaConf.register_new_resolver("config_hash", _config_hash, replace=True)

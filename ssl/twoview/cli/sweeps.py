@@ -1,4 +1,4 @@
-"""Runs of a sweep: processes of their own, and outcomes, stored as files because runs may be on other machines."""
+"""Outcomes of the runs of a sweep, which are stored as files because runs may be on different machines."""
 
 import json
 import os
@@ -17,18 +17,18 @@ from twoview.cli.overrides import quoted, value_of
 from twoview.errors import require
 from twoview.files import write_atomically, write_csv
 
-# Environment variable that holds the folder of the outcomes, in every run of a sweep.
+# Environment variable with the folder of the outcomes, set in every run of a sweep.
 VARIABLE = "TWOVIEW_SWEEP"
 
 
 def begin(overrides: Sequence[str]) -> Path:
-    """Choose the folder of the outcomes, named after the time, and store it in the environment.
+    """Choose the folder of the outcomes, whose name is the current time, and store its path in the environment.
 
     Args:
         overrides: overrides of the command line; ``hydra.sweep.dir=`` sets the parent folder.
 
     Returns:
-        The absolute path, which :func:`record` creates.
+        The absolute path of the folder; :func:`record` creates the folder.
     """
     parent = value_of("hydra.sweep.dir", overrides) or "sweeps"
     folder = Path(parent).resolve() / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -37,17 +37,17 @@ def begin(overrides: Sequence[str]) -> Path:
 
 
 def run_ranks() -> Mapping[str, Any]:
-    """Run the current job of a sweep, which has several processes, as a command of its own.
+    """Run the current job of a sweep in a subprocess, if the job has several ranks.
 
-    Lightning starts the other ranks with the command line of this process, so inside a sweep each rank would run the
-    whole sweep.
+    Lightning starts further ranks with the command line of the current process. Inside a sweep, each of these ranks
+    would run the whole sweep.
 
     Returns:
         The content of the job's ``report.json``.
 
     Raises:
-        UserError: the command failed; with the message that it printed.
-        SystemExit: the command was stopped by a signal.
+        UserError: if the subprocess failed; the message is that of the subprocess.
+        SystemExit: if a signal stopped the subprocess.
     """
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
@@ -58,7 +58,7 @@ def run_ranks() -> Mapping[str, Any]:
 
     def stop(number: int, _: object) -> None:
         received.append(number)
-        # SIGTERM for both signals: Ctrl-C also reaches the ranks from the terminal, and a second SIGINT kills them.
+        # SIGTERM for both signals: the terminal already sends SIGINT to the ranks, and a second SIGINT kills them.
         process.terminate()
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -79,15 +79,15 @@ def run_ranks() -> Mapping[str, Any]:
 def record(
     number: int, overrides: Sequence[str], folder: str, name: str, figure: float | None, mistake: str | None
 ) -> None:
-    """Write the outcome of one run; no-op outside of a sweep.
+    """Write the outcome of one run to a file; no-op outside of a sweep.
 
     Args:
         number: index of the run in its sweep.
         overrides: overrides of the run, such as ``seed=1``.
         folder: run folder.
-        name: metric that the sweep selects by, such as ``val/linear_top1``.
-        figure: value of the metric, None if there is none.
-        mistake: error message of a failed run, None for success.
+        name: name of the metric that the sweep optimizes, such as ``val/linear_top1``.
+        figure: value of the metric; None if there is no value.
+        mistake: error message of a failed run; None if the run succeeded.
     """
     if VARIABLE in os.environ:
         content = {"overrides": list(overrides), "folder": folder, "name": name, "figure": figure, "mistake": mistake}
@@ -95,15 +95,16 @@ def record(
 
 
 def outcomes(folder: Path) -> list[dict[str, Any]]:
-    """Read the outcomes of a sweep, with mean and standard deviation over seeds.
+    """Read the outcomes of a sweep, and compute mean and standard deviation over seeds.
 
     Args:
         folder: folder that :func:`record` writes to.
 
     Returns:
-        One mapping a run, in the order of the runs: ``overrides`` (those that differ between runs, without the seed)
-        and ``seed`` as text, ``folder``, ``name``, ``figure`` and ``mistake``; over the runs that differ in their seed
-        only, ``mean`` and sample ``deviation``, None where there are too few.
+        One mapping per run, in the order of the runs. ``seed`` is the seed as text. ``overrides`` are the other
+        overrides that differ between runs. ``folder``, ``name``, ``figure`` and ``mistake`` are the arguments of
+        :func:`record`. ``mean`` and the sample standard ``deviation`` are taken over the runs with equal ``overrides``;
+        None if there are too few values.
     """
     runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), key=lambda file: int(file.stem))]
     for run in runs:
@@ -122,13 +123,16 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
 
 
 def summarize(folder: Path) -> int:
-    """Print a table with one row for the runs that differ in their seed only; write ``table.csv`` with one row a run.
+    """Print a table of a sweep, and write ``table.csv``.
+
+    The printed table has one row for all runs that differ only in the seed. The CSV file has one row per run. The error
+    messages of failed runs are printed to stderr.
 
     Args:
         folder: folder of the outcomes.
 
     Returns:
-        Number of failed runs; the message of each is printed to stderr.
+        Number of failed runs.
     """
     import rich.table  # only needed at the end of a sweep
 

@@ -1,4 +1,4 @@
-"""Self-supervised methods, one file a paper."""
+"""Self-supervised methods, one file per method."""
 
 from twoview.methods.base import Encoded, Method, Step
 from twoview.methods.moco import MoCo

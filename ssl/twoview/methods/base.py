@@ -1,4 +1,4 @@
-"""Interface of all methods: encode the views of a batch, compute a loss, and update state at two named points."""
+"""Interface of all methods: encode the views of a batch, compute the loss, and update the state of the method."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple, Unpack
@@ -19,9 +19,9 @@ class Encoded(NamedTuple):
 
     Attributes:
         features: ``[N, F]`` backbone features of the first view, without gradient.
-        embeddings: ``[N, D]`` of each view, with gradient.
-        predictions: ``[N, D]`` of each view, with gradient, of methods with a prediction head.
-        targets: ``[N, D]`` outputs of a momentum encoder, without gradient.
+        embeddings: one tensor ``[N, D]`` per view, outputs of the projection head, with gradient.
+        predictions: one tensor ``[N, D]`` per view, outputs of the prediction head, with gradient; empty without one.
+        targets: one tensor ``[N, D]`` per view, outputs of the momentum encoder, without gradient; empty without one.
     """
 
     features: Tensor
@@ -37,11 +37,11 @@ class Step:
     Attributes:
         loss: scalar, at least fp32, with gradient.
         features: ``[N, F]`` backbone features of the first view, without gradient.
-        embeddings: ``[N, D]`` of each view, without gradient, for monitoring; the first two are treated as a positive
-            pair.
-        logs: scalars to log beside the loss.
-        chance: loss of uninformative embeddings (:func:`twoview.losses.chance_level`); None where the method has none.
-        keys: ``[M, D]`` and int64 image indices ``[M]`` to store after the batch; None where the method stores none.
+        embeddings: one tensor ``[N, D]`` per view, without gradient, for monitoring. Row i of the first two tensors is
+            a positive pair.
+        logs: further scalars to log, by name.
+        chance: loss if all similarities are equal, see :func:`twoview.losses.chance_level`; None if not defined.
+        keys: keys ``[M, D]`` and int64 image indices ``[M]`` that :meth:`Method.after_batch` stores; None for no keys.
     """
 
     loss: Tensor
@@ -53,22 +53,27 @@ class Step:
 
 
 class Method(nn.Module):
-    """Base class: a backbone ``[N, C, H, W] -> [N, F]``, a head ``[N, F] -> [N, D]``, and a loss of their outputs.
+    """Base class of methods, with a backbone, a projection head and a loss.
 
-    Subclasses implement :meth:`loss`, and :meth:`encode` if they have further networks. Neither changes state: state is
-    updated in :meth:`after_update` (once per optimizer step) and :meth:`after_batch` (once per batch). Losses see the
-    embeddings of all ranks.
+    Subclasses implement :meth:`loss`. Subclasses with further networks also override :meth:`encode`. The state of a
+    method, such as a momentum encoder or a queue, is updated only in :meth:`after_update` (once per optimizer step) and
+    :meth:`after_batch` (once per batch). Losses are computed from the embeddings of all ranks.
 
     Args:
-        backbone: the network.
-        head: projection head on its features.
-        bn: which images BatchNorm normalizes together, since batch statistics can reveal which images form a pair:
-            "plain", all images of a rank; "split", images i mod G separately, as on G devices; "sync", the images of
-            all ranks (CUDA only). :class:`twoview.methods.MoCo` has "shuffle" too.
-        bn_groups: number G of groups over all ranks; at least 2 and at least the number of ranks.
+        backbone: network, ``[N, C, H, W] -> [N, F]``.
+        head: projection head, ``[N, F] -> [N, D]``.
+        bn: images that BatchNorm normalizes together; batch statistics can reveal which images are positives.
+
+            * "plain": all images of a rank.
+            * "split": each of G groups of images separately, as on G devices; image i belongs to group i mod G.
+            * "sync": the images of all ranks (CUDA only).
+
+            :class:`twoview.methods.MoCo` also has "shuffle".
+        bn_groups: number G of groups over all ranks, for "split" and "shuffle", >= 2. If G is larger than the number of
+            ranks, G must be a multiple of that number.
 
     Raises:
-        UserError: an unknown ``bn``, or fewer than two groups.
+        UserError: if ``bn`` is unknown or not available, or ``bn_groups`` is below 2.
     """
 
     bn_choices: tuple[str, ...] = ("plain", "split", "sync")
@@ -85,16 +90,16 @@ class Method(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether the next batch may change the weights; False while a queue of negatives is still empty."""
+        """Whether the next batch may update the weights; False while a queue of the method is empty."""
         return True
 
     def synced(self, module: nn.Module) -> nn.Module:
-        """The module, with synchronized BatchNorm if ``bn`` is "sync"."""
+        """Return the module, with BatchNorm converted to SyncBatchNorm if ``bn`` is "sync"."""
         return sync_batch_norm(module) if self.bn == "sync" else module
 
     @property
     def groups(self) -> int:
-        """Number of groups in which BatchNorm normalizes the images of this rank."""
+        """Number of BatchNorm groups on this rank; 1 if BatchNorm is not computed in groups."""
         world = rank_and_world()[1]
         if self.bn not in ("split", "shuffle") or self.bn_groups <= world:
             return 1
@@ -103,64 +108,97 @@ class Method(nn.Module):
         return self.bn_groups // world
 
     def embed(self, *views: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Features of the first view without gradient, and embeddings of each view, from one pass over all views."""
+        """Apply backbone and head to all views in one pass.
+
+        Args:
+            views: V tensors ``[N, C, H, W]``; row i of each is a view of image i.
+
+        Returns:
+            Features ``[N, F]`` of the first view, without gradient, and embeddings ``[N, D]`` of each view.
+
+        Raises:
+            UserError: if the images cannot be divided into the BatchNorm groups.
+        """
         features = in_groups(self.backbone, views, self.groups)
         return features[0].detach(), tuple(in_groups(self.head, features, self.groups))
 
     def encode(self, *views: Tensor) -> Encoded:
-        """Apply the networks: here backbone and head, to all views in one pass. May be called on parts of a batch.
+        """Apply backbone and head to all views in one pass. May be called on parts of a batch.
 
         Args:
             views: V tensors ``[N, C, H, W]``; row i of each is a view of image i.
+
+        Returns:
+            Outputs of the networks.
         """
         return Encoded(*self.embed(*views))
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Compute the loss of a whole batch; applies no network.
+        """Compute the loss of a whole batch from the outputs of the networks.
 
         Args:
             encoded: outputs of :meth:`encode` for all N images of this rank.
-            ids: int64 ``[N]`` index of each image in the data set.
-            labels: int64 ``[N]``, -1 where unknown.
+            ids: int64 ``[N]``, index of each image in the data set; None if the method does not need indices.
+            labels: int64 ``[N]`` classes, -1 for unlabeled images; None for no labels.
+
+        Returns:
+            The loss, and values for monitoring and for the update of the state.
         """
         raise NotImplementedError
 
     def forward(self, *views: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """:meth:`encode`, then :meth:`loss`."""
+        """Apply :meth:`encode`, then :meth:`loss`.
+
+        Args:
+            views: V tensors ``[N, C, H, W]``; row i of each is a view of image i.
+            ids: int64 ``[N]``, index of each image in the data set.
+            labels: int64 ``[N]`` classes, -1 for unlabeled images.
+
+        Returns:
+            The result of :meth:`loss`.
+        """
         return self.loss(self.encode(*views), ids, labels)
 
     def after_update(self, progress: float) -> None:
-        """Called once per optimizer step; ``progress`` is the completed share of the run, in [0, 1]."""
+        """Update the state after an optimizer step.
+
+        Args:
+            progress: completed share of the run, in [0, 1].
+        """
 
     def after_batch(self, step: Step) -> None:
-        """Called once per batch, after the optimizer step if the batch ended one."""
+        """Update the state after a batch; if the batch ends an optimizer step, after that step.
+
+        Args:
+            step: result of :meth:`loss` for the batch.
+        """
 
 
 def in_batch_step(encoded: Encoded, loss: Tensor, z_a: Tensor, z_b: Tensor, chance: float) -> Step:
-    """Step of a method whose negatives are the other images of the batch.
+    """Build the step of a method whose negatives are the other images of the batch.
 
     Args:
         encoded: outputs of the networks.
-        loss: scalar.
-        z_a: ``[N, D]`` gathered embeddings, logged as positive pairs with ``z_b``.
-        z_b: ``[N, D]``.
-        chance: loss of uninformative embeddings.
+        loss: scalar loss.
+        z_a: ``[N, D]`` embeddings of the first views, gathered from all ranks.
+        z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
+        chance: loss if all similarities are equal.
     """
     z_a, z_b = z_a.detach(), z_b.detach()
     return Step(loss, encoded.features, (z_a, z_b), {**in_batch_logs(z_a, z_b)}, chance)
 
 
 def gathered(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor concatenated over all ranks; gradients are summed in at least fp32."""
+    """Gather each tensor from all ranks by :func:`twoview.distributed.gather`, with gradients in at least fp32."""
     half = (torch.float16, torch.bfloat16)
     return [gather(tensor.float() if tensor.dtype in half else tensor) for tensor in tensors]
 
 
 def check_momentum(start: float, end: float | None) -> None:
-    """Refuse a momentum outside of [0, 1].
+    """Check that a momentum is in [0, 1]; ``end`` may be None.
 
     Raises:
-        UserError: naming the knob, its value and what to do.
+        UserError: if a value is out of range.
     """
     for knob, value in (("momentum", start), ("momentum_end", end)):
         fits = value is None or 0 <= value <= 1
@@ -168,10 +206,10 @@ def check_momentum(start: float, end: float | None) -> None:
 
 
 def check_loss_knobs(temperature: float, variant: str = "infonce", **parameters: Unpack[VariantParameters]) -> None:
-    """Refuse parameters that the losses cannot take.
+    """Check the parameters of the losses by :func:`twoview.losses.check_loss_arguments`.
 
     Raises:
-        UserError: naming the knob, its value and what to do.
+        UserError: if a value is out of range.
     """
     try:
         check_loss_arguments(temperature, variant, **parameters)

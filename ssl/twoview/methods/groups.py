@@ -1,4 +1,4 @@
-"""BatchNorm over groups of images, as on several devices, and regrouping of keys (shuffled BatchNorm)."""
+"""BatchNorm over groups of images, as on several devices, and shuffled BatchNorm."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,20 +10,20 @@ from twoview.errors import require
 
 
 def in_groups(network: Callable[[Tensor], Tensor], views: Sequence[Tensor], groups: int = 1) -> list[Tensor]:
-    """Apply a network to all views in one pass, or in G passes, one for the images i mod G of every view.
+    """Apply a network to all views, in one pass per group of images.
 
-    With G passes, BatchNorm sees what it would see on G devices.
+    Image i of each view belongs to group i mod G. BatchNorm normalizes each group separately, as on G devices.
 
     Args:
-        network: maps ``[M, ...]`` to ``[M, ...]``.
-        views: each ``[N, ...]``.
+        network: network, ``[M, ...] -> [M, ...]``.
+        views: V tensors ``[N, ...]``.
         groups: number G of groups.
 
     Returns:
-        The output for each view, ``[N, ...]``, rows in the order of the input.
+        V outputs ``[N, ...]``, with rows in the order of the input.
 
     Raises:
-        UserError: groups of fewer than two images.
+        UserError: if a group would have fewer than two images.
     """
     if groups == 1:
         return list(network(torch.cat(list(views))).chunk(len(views)))
@@ -40,14 +40,21 @@ def in_groups(network: Callable[[Tensor], Tensor], views: Sequence[Tensor], grou
 
 
 def in_shuffled_groups(network: Callable[[Tensor], Tensor], view: Tensor, groups: int = 1) -> Tensor:
-    """As :func:`in_groups` for one view of all ranks, with the images regrouped before and reordered after.
+    """Apply a network to one view with shuffled BatchNorm.
 
-    MoCo, He et al. 2020, arXiv:1911.05722, section 3.3: a query and its key are then normalized with different images.
+    MoCo, He et al. 2020, arXiv:1911.05722, section 3.3. The images of all ranks are permuted, encoded by
+    :func:`in_groups`, and put back in order. BatchNorm thus normalizes a query and its key with different images.
 
     Args:
-        network: maps ``[M, ...]`` to ``[M, ...]``.
-        view: ``[N, ...]``.
-        groups: number of groups of each rank.
+        network: network, ``[M, ...] -> [M, ...]``.
+        view: ``[N, ...]``, the images of this rank.
+        groups: number of groups per rank.
+
+    Returns:
+        Output ``[N, ...]`` for the images of this rank, with rows in the order of the input.
+
+    Raises:
+        UserError: if a group would have fewer than two images.
     """
     rank, world = rank_and_world()
     everyones = gather(view)
@@ -58,9 +65,16 @@ def in_shuffled_groups(network: Callable[[Tensor], Tensor], view: Tensor, groups
 
 
 def spread(n: int, groups: int) -> Tensor:
-    """Permutation of n images that moves the g-th of G contiguous parts to the positions i with i mod G = g.
+    """Return a permutation of n images that moves the g-th of G contiguous parts to group g, as in :func:`in_groups`.
 
-    Batches are in random order already, so a fixed permutation mixes the groups as well as a random one, without state.
+    A fixed permutation suffices, since the images of a batch are already in random order.
+
+    Args:
+        n: number of images.
+        groups: number G of groups.
+
+    Returns:
+        int64 ``[n]``; element i is the image that moves to position i.
 
     Example:
         >>> spread(6, 2).tolist()

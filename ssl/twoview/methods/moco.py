@@ -1,4 +1,4 @@
-"""MoCo, He et al. 2020, arXiv:1911.05722 (v1), and Chen et al. 2020, arXiv:2003.04297 (v2): a queue of negatives."""
+"""MoCo v1, He et al. 2020, arXiv:1911.05722, and MoCo v2, Chen et al. 2020, arXiv:2003.04297."""
 
 from typing import Unpack
 
@@ -16,25 +16,27 @@ from twoview.schedules import cosine_ramp
 
 
 class MoCo(Method):
-    """InfoNCE of queries against keys of a momentum encoder; negatives are a queue of keys of earlier batches.
+    """InfoNCE loss of queries and keys. A momentum encoder computes the keys; a queue of earlier keys is the negatives.
 
     Args:
-        backbone: ``[N, C, H, W] -> [N, F]``.
-        head: ``[N, F] -> [N, D]``; one linear layer in v1, two layers in v2.
+        backbone: network, ``[N, C, H, W] -> [N, F]``.
+        head: projection head, ``[N, F] -> [N, D]``; one linear layer in v1, two layers in v2.
         temperature: softmax temperature, > 0; 0.07 in v1, 0.2 in v2.
         variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
-        queue_size: number K of stored keys. Stored keys of a query's own image are not used as its negatives.
-        momentum: momentum of the key encoder, in [0, 1].
-        momentum_end: value at the end of the run, reached along a half cosine; None for a constant momentum.
-        symmetric: use both views as queries and as keys, and store 2N keys a batch.
-        statistics: running statistics of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
-        bn: "plain", "split", "sync" (see :class:`Method`), or "shuffle": as "split", but keys are regrouped over all
-            ranks so that each of their groups holds images of all groups of the queries (v1, section 3.3).
-        bn_groups: number G of groups of "split" and "shuffle", over all ranks.
-        **parameters: ``sigma``, ``tau_plus`` and ``beta`` of the variant, see :func:`twoview.losses.info_nce_rows`.
+        queue_size: number K of stored keys, >= 1. Stored keys of the same image are not negatives of a query.
+        momentum: momentum of the key encoder at the start, in [0, 1].
+        momentum_end: momentum at the end of the run, reached along half a cosine; None for a constant momentum.
+        symmetric: whether both views serve as queries and as keys; 2N keys are then stored per batch.
+        statistics: source of the running statistics of BatchNorm in the key encoder, see
+            :class:`twoview.MomentumCopy`.
+        bn: "plain", "split" or "sync", see :class:`Method`; or "shuffle", which is "split" with the keys computed by
+            shuffled BatchNorm (v1, section 3.3).
+        bn_groups: number G of groups over all ranks, see :class:`Method`.
+        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see
+            :func:`twoview.losses.info_nce_rows`.
 
     Raises:
-        UserError: a value out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> from twoview.heads import projection_head
@@ -79,7 +81,14 @@ class MoCo(Method):
         return len(self.queue) > 0
 
     def encode(self, *views: Tensor) -> Encoded:
-        """Queries of the first view and keys of the second; of both views if symmetric."""
+        """Compute queries of the first view and keys of the second view; if symmetric, also the reverse.
+
+        Args:
+            views: two tensors ``[N, C, H, W]``; row i of each is a view of image i.
+
+        Returns:
+            Queries as ``embeddings`` and keys as ``targets``; row i of a key is the positive of row i of the query.
+        """
         view_a, view_b = views
         features, queries = self.embed(view_a)
         keys: tuple[Tensor, ...] = (self._keys(view_b),)
@@ -89,7 +98,19 @@ class MoCo(Method):
         return Encoded(features, queries, targets=keys)
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Algorithm 1 of v1; ``ids`` are required."""
+        """Compute the loss of Algorithm 1 of MoCo v1.
+
+        Args:
+            encoded: outputs of :meth:`encode` for the N images of this rank.
+            ids: int64 ``[N]``, index of each image in the data set; required.
+            labels: not used.
+
+        Returns:
+            The loss and values for monitoring. ``keys`` are the keys to store in the queue.
+
+        Raises:
+            ValueError: if ``ids`` is None.
+        """
         if ids is None:
             raise ValueError("MoCo needs the ids of the images, to exclude their own keys from their negatives")
         queue, queue_ids = self.queue.read()
@@ -108,16 +129,16 @@ class MoCo(Method):
         return Step(loss, encoded.features, (q.detach(), k), logs, chance, keys)
 
     def after_update(self, progress: float) -> None:
-        """Update the key encoder."""
+        """Update the key encoder after an optimizer step; see :meth:`Method.after_update`."""
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))
 
     def after_batch(self, step: Step) -> None:
-        """Store the keys of all ranks."""
+        """Store the keys of all ranks in the queue; see :meth:`Method.after_batch`."""
         if step.keys is not None:
             self.queue.push(*gathered(*step.keys))
 
     def _loss(self, q: Tensor, k: Tensor, queue: Tensor, same: Tensor) -> Tensor:
-        if self.variant == "dclw" and len(queue):  # its weights are normalized over the whole batch
+        if self.variant == "dclw" and len(queue):  # the weights of dclw are normalized over the whole batch
             q, k, same = gathered(q, k, same)
         return info_nce(q, k, queue, self.temperature, same=same, variant=self.variant, **self.variant_parameters)
 

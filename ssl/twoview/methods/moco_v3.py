@@ -1,4 +1,4 @@
-"""MoCo v3, Chen et al. 2021, arXiv:2104.02057: a momentum encoder, a predictor, and negatives from the batch."""
+"""MoCo v3, Chen et al. 2021, arXiv:2104.02057."""
 
 from collections.abc import Callable
 
@@ -14,23 +14,26 @@ from twoview.schedules import cosine_ramp
 
 
 class MoCoV3(Method):
-    """Predictions from each view against the keys that a momentum encoder makes of the other view.
+    """InfoNCE loss of predictions of one view and keys of the other view, with in-batch negatives.
+
+    A momentum encoder computes the keys.
 
     Args:
-        backbone: ``[N, C, H, W] -> [N, F]``.
-        head: ``[N, F] -> [N, D]``.
-        predictor: builds the prediction head ``[N, D] -> [N, D]`` for a width D.
+        backbone: network, ``[N, C, H, W] -> [N, F]``.
+        head: projection head, ``[N, F] -> [N, D]``.
+        predictor: function of D that builds the prediction head, ``[N, D] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.2 for transformers and 1.0 for ResNets in the paper.
-        momentum: momentum of the key encoder at the start, in [0, 1]; it follows a half cosine to ``momentum_end``.
-        momentum_end: momentum at the end of the run, in [0, 1].
-        freeze_patch_embedding: keep the patch projection of a vision transformer at its random initialization, which
-            stabilizes training (section 4).
-        statistics: running statistics of the key encoder's BatchNorm, see :class:`twoview.MomentumCopy`.
-        bn: see :class:`Method`.
-        bn_groups: see :class:`Method`.
+        momentum: momentum of the key encoder at the start, in [0, 1].
+        momentum_end: momentum at the end of the run, in [0, 1], reached along half a cosine.
+        freeze_patch_embedding: whether the patch projection of a vision transformer stays at its random initialization,
+            which stabilizes training (section 4).
+        statistics: source of the running statistics of BatchNorm in the key encoder, see
+            :class:`twoview.MomentumCopy`.
+        bn: images that BatchNorm normalizes together, see :class:`Method`.
+        bn_groups: number of BatchNorm groups, see :class:`Method`.
 
     Raises:
-        UserError: a value out of range, or ``freeze_patch_embedding`` for a backbone without patches.
+        UserError: if a value is out of range, or ``freeze_patch_embedding`` is set for a backbone without patches.
 
     Example:
         >>> import torch
@@ -68,7 +71,14 @@ class MoCoV3(Method):
             backbone.patch_embed.requires_grad_(False)
 
     def encode(self, *views: Tensor) -> Encoded:
-        """Each view separately, so that BatchNorm sees one view at a time (Algorithm 1 of the paper)."""
+        """Encode each view separately, so that BatchNorm normalizes one view at a time (Algorithm 1).
+
+        Args:
+            views: two tensors ``[N, C, H, W]``; row i of each is a view of image i.
+
+        Returns:
+            Embeddings, predictions and, as ``targets``, keys of each view.
+        """
         embedded = [self.embed(view) for view in views]
         embeddings = tuple(z for _, (z,) in embedded)
         predictions = tuple(in_groups(self.predictor, (z,), self.groups)[0] for z in embeddings)
@@ -76,13 +86,22 @@ class MoCoV3(Method):
         return Encoded(embedded[0][0], embeddings, predictions, keys)
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Both directions of the contrastive loss."""
+        """Compute the loss of Algorithm 1 in both directions, by :func:`twoview.losses.moco_v3_loss`.
+
+        Args:
+            encoded: outputs of :meth:`encode` for the N images of this rank.
+            ids: not used.
+            labels: not used.
+
+        Returns:
+            The loss and values for monitoring.
+        """
         (q_a, q_b), (k_a, k_b) = encoded.predictions, encoded.targets
         q_a, k_b, q_b, k_a = gathered(q_a, k_b, q_b, k_a)
         loss = moco_v3_loss(q_a, k_b, q_b, k_a, self.temperature)
-        # Each of the two directions has chance level 2T log N.
+        # The chance level of each of the two directions is 2T log N.
         return in_batch_step(encoded, loss, q_a, k_b, 4 * self.temperature * chance_level(len(q_a) - 1))
 
     def after_update(self, progress: float) -> None:
-        """Update the key encoder."""
+        """Update the key encoder after an optimizer step; see :meth:`Method.after_update`."""
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))

@@ -1,4 +1,4 @@
-"""NNCLR, Dwibedi et al. 2021, arXiv:2104.14548: the positive is the nearest neighbor in a support set."""
+"""NNCLR, Dwibedi et al. 2021, arXiv:2104.14548."""
 
 from collections.abc import Callable
 
@@ -13,19 +13,22 @@ from twoview.negatives import NegativeQueue
 
 
 class NNCLR(Method):
-    """InfoNCE of the prediction from one view against the nearest stored neighbor of the other view's embedding.
+    """InfoNCE loss of nearest neighbors and predictions, with in-batch negatives.
+
+    The embedding of one view is replaced by its nearest neighbor in a support set, a queue of earlier embeddings. The
+    positive of this neighbor is the prediction of the other view.
 
     Args:
-        backbone: ``[N, C, H, W] -> [N, F]``.
-        head: ``[N, F] -> [N, D]``.
-        predictor: builds the prediction head ``[N, D] -> [N, D]`` for a width D.
+        backbone: network, ``[N, C, H, W] -> [N, F]``.
+        head: projection head, ``[N, F] -> [N, D]``.
+        predictor: function of D that builds the prediction head, ``[N, D] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.1 in the paper.
-        queue_size: number of embeddings in the support set.
-        bn: see :class:`Method`.
-        bn_groups: see :class:`Method`.
+        queue_size: number of embeddings in the support set, >= 1.
+        bn: images that BatchNorm normalizes together, see :class:`Method`.
+        bn_groups: number of BatchNorm groups, see :class:`Method`.
 
     Raises:
-        UserError: a value out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> from twoview.heads import projection_head
@@ -59,12 +62,28 @@ class NNCLR(Method):
         return len(self.support_set) > 0
 
     def encode(self, *views: Tensor) -> Encoded:
-        """Both views in one pass, and a prediction from each."""
+        """Apply backbone and head to both views in one pass, and the prediction head to each embedding.
+
+        Args:
+            views: two tensors ``[N, C, H, W]``; row i of each is a view of image i.
+
+        Returns:
+            Embeddings and predictions of each view.
+        """
         features, embeddings = self.embed(*views)
         return Encoded(features, embeddings, tuple(in_groups(self.predictor, embeddings, self.groups)))
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Eq. 3 of the paper, in both directions."""
+        """Compute the loss of eq. 3 of the paper, averaged over both directions.
+
+        Args:
+            encoded: outputs of :meth:`encode` for the N images of this rank.
+            ids: int64 ``[N]``, index of each image in the data set; None stores -1 for each image.
+            labels: not used.
+
+        Returns:
+            The loss and values for monitoring. ``keys`` are the embeddings to store in the support set.
+        """
         z_a, z_b, p_a, p_b = gathered(*encoded.embeddings, *encoded.predictions)
         near_a, near_b = self._nearest(z_a), self._nearest(z_b)
         loss = (batch_nce(near_a, p_b, self.temperature) + batch_nce(near_b, p_a, self.temperature)) / 2
@@ -75,7 +94,7 @@ class NNCLR(Method):
         return step
 
     def after_batch(self, step: Step) -> None:
-        """Store the embeddings of all ranks."""
+        """Store the embeddings of all ranks in the support set; see :meth:`Method.after_batch`."""
         if step.keys is not None:
             self.support_set.push(*gathered(*step.keys))
 
@@ -84,6 +103,6 @@ class NNCLR(Method):
         stored, _ = self.support_set.read()
         if not len(stored):
             return z
-        with torch.autocast(z.device.type, enabled=False):  # bf16 does not resolve differences between near neighbors
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cannot resolve small differences of similarities
             z = l2_normalize(z)
             return stored[(z @ stored.to(z.dtype).T).argmax(1)]

@@ -11,20 +11,21 @@ from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gather
 
 
 class SimCLR(Method):
-    """NT-Xent on one encoder: the two views of an image attract, all other views of the batch repel.
+    """NT-Xent loss of the embeddings of two views, with in-batch negatives.
 
     Args:
-        backbone: ``[N, C, H, W] -> [N, F]``.
-        head: ``[N, F] -> [N, D]``.
+        backbone: network, ``[N, C, H, W] -> [N, F]``.
+        head: projection head, ``[N, F] -> [N, D]``.
         temperature: softmax temperature, > 0; the paper uses 0.1 for batches of 4,096 images and 0.5 on CIFAR-10.
         variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
-        same: "labels" removes images with equal labels from each other's negatives; "none" keeps all.
-        bn: see :class:`Method`.
-        bn_groups: see :class:`Method`.
-        **parameters: ``sigma``, ``tau_plus`` and ``beta`` of the variant, see :func:`twoview.losses.info_nce_rows`.
+        same: "labels" to remove images of the same class from the negatives; "none" to use all images as negatives.
+        bn: images that BatchNorm normalizes together, see :class:`Method`.
+        bn_groups: number of BatchNorm groups, see :class:`Method`.
+        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see
+            :func:`twoview.losses.info_nce_rows`.
 
     Raises:
-        UserError: a value out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> from twoview.heads import projection_head
@@ -53,7 +54,16 @@ class SimCLR(Method):
         self.variant_parameters = parameters
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """Algorithm 1 of the paper."""
+        """Compute the loss of Algorithm 1 of the paper, by :func:`twoview.losses.nt_xent`.
+
+        Args:
+            encoded: outputs of :meth:`encode` for the N images of this rank.
+            ids: not used.
+            labels: int64 ``[N]`` classes, -1 for unlabeled images; used if ``same`` is "labels".
+
+        Returns:
+            The loss and values for monitoring.
+        """
         z_a, z_b = gathered(*encoded.embeddings)
         same, negatives = None, torch.tensor(2 * len(z_a) - 2)
         if self.same == "labels" and labels is not None:

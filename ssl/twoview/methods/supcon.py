@@ -8,19 +8,19 @@ from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gather
 
 
 class SupCon(Method):
-    """SimCLR in which all views of images of one class are positives of each other.
+    """Supervised contrastive loss: all views of the same class are positives of each other.
 
-    The only positive of an image without a label is its own other view, so a few labels among many images can be used.
+    Unlabeled images can be included. A view of an unlabeled image has one positive, the other view of the same image.
 
     Args:
-        backbone: ``[N, C, H, W] -> [N, F]``.
-        head: ``[N, F] -> [N, D]``.
+        backbone: network, ``[N, C, H, W] -> [N, F]``.
+        head: projection head, ``[N, F] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.1 in the paper.
-        bn: see :class:`Method`.
-        bn_groups: see :class:`Method`.
+        bn: images that BatchNorm normalizes together, see :class:`Method`.
+        bn_groups: number of BatchNorm groups, see :class:`Method`.
 
     Raises:
-        UserError: a value out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> from twoview.heads import projection_head
@@ -39,7 +39,16 @@ class SupCon(Method):
         self.temperature = temperature
 
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
-        """L_out of the paper, eq. 2."""
+        """Compute the loss L_out, eq. 2 of the paper, by :func:`twoview.losses.sup_con`.
+
+        Args:
+            encoded: outputs of :meth:`encode` for the N images of this rank.
+            ids: not used.
+            labels: int64 ``[N]`` classes, -1 for unlabeled images; None if all images are unlabeled.
+
+        Returns:
+            The loss and values for monitoring.
+        """
         if labels is None:
             labels = torch.full_like(encoded.features[:, 0], -1, dtype=torch.int64)
         z_a, z_b, labels = gathered(*encoded.embeddings, labels)

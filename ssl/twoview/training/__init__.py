@@ -1,4 +1,4 @@
-"""Pretraining: the only layer that uses Lightning."""
+"""Pretraining with Lightning. No other subpackage uses Lightning."""
 
 from twoview.training.settings import Recipe, RunSettings, TrainerSettings
 

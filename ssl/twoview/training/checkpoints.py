@@ -1,4 +1,4 @@
-"""Writing checkpoints atomically, and finding the newest one of a run that can be read."""
+"""Atomic writing of checkpoints, and search for the newest readable checkpoint of a run."""
 
 import logging
 import re
@@ -14,24 +14,24 @@ from twoview.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-PREVIOUS = "previous.ckpt"  # the one before the last
+PREVIOUS = "previous.ckpt"  # the checkpoint before the last one
 BEST = "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically; what was ``last.ckpt`` becomes ``previous.ckpt``."""
+    """Writes checkpoints atomically, and renames an existing ``last.ckpt`` to ``previous.ckpt``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``.
 
         Raises:
-            UserError: the folder cannot be written or the disk is full.
+            UserError: if the folder cannot be written or the disk is full.
         """
         path = Path(path)
         previous = path.with_name(PREVIOUS) if path.name == LAST else None
         try:
             write_atomically(path, lambda file: torch.save(checkpoint, file), previous)
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
             if isinstance(error, RuntimeError) and not re.search("write|file|iostream", str(error)):
                 raise
             message = f"{path} could not be written ({str(error).splitlines()[0]}); earlier checkpoints are unchanged"
@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:
-    """The last checkpoint of a run that can be read, as :func:`twoview.encoder.read_checkpoint` returns it, or None."""
+    """Read the newest readable checkpoint of a run by :func:`twoview.encoder.read_checkpoint`, or return None."""
     for name in (LAST, PREVIOUS):
         path = run_dir / "checkpoints" / name
         if path.exists():

@@ -1,4 +1,4 @@
-"""Batches of pretraining and their order."""
+"""Batches for pretraining, and their order."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,19 +15,20 @@ from twoview.training.lightning_internals import batches_started
 
 
 class BatchOrder(Sampler[Tensor]):
-    """Positions of each batch as a function of (seed, epoch, batch), so that a resumed run continues exactly.
+    """Yields the positions of the images of each batch of this rank.
 
-    Every rank gets the same number of equal batches; the incomplete last global batch of an epoch is dropped. Images
-    that are stored in blocks are shuffled by block, then within every 32 blocks, and each rank reads its own blocks.
+    Positions are a function of seed, epoch and batch, so that a resumed run has the same batches. Every rank gets the
+    same number of batches of the same size. The incomplete last global batch of an epoch is dropped. For images stored
+    in blocks, the blocks are shuffled, then the images within every 32 blocks, and each rank reads a contiguous part.
 
     Args:
         size: number of images N.
         batch_size: global batch size, over all ranks, before accumulation.
         seed: seed of the permutations.
-        batches_done: returns the number of batches that the run has had; called when an epoch starts.
+        batches_done: function that returns the number of completed batches of the run; called at the start of an epoch.
         rank: rank of this process.
         world_size: number of processes.
-        blocks: int64 ``[N]``, the block that each image is stored in, or None.
+        blocks: int64 ``[N]``, index of the block that each image is stored in; None if images are not in blocks.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PretrainingData(L.LightningDataModule):
 
     Args:
         images: the images of the run; ``images.pretrain`` and ``images.batch_size`` are used.
-        seed: seed of the order of the images.
+        seed: seed of the image order.
     """
 
     def __init__(self, images: ImageData, seed: int) -> None:
@@ -77,7 +78,7 @@ class PretrainingData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this rank.
 
-        Images in memory are moved to the GPU if they take less than a quarter of its free memory.
+        Images in host memory are moved to the GPU if they fit into a quarter of the free GPU memory.
         """
         trainer, images = self.trainer, self.images.pretrain
         if trainer is None:

@@ -1,4 +1,4 @@
-"""The Lightning module around a method: views, loss, optimizer step, learning-rate schedule."""
+"""Lightning module of a method: views, loss, optimizer step and learning-rate schedule."""
 
 import json
 import logging
@@ -32,14 +32,13 @@ class Pretraining(L.LightningModule):
 
     Args:
         method: backbone, head and loss.
-        augment: makes the views.
+        augment: computes the views.
         optimizer: optimizer settings.
-        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
-        global_batch: images per optimizer step, over all ranks and accumulated batches.
-        card: facts that are stored in every checkpoint, see :class:`twoview.encoder.ModelCard`; its seed determines
-            augmentation and dropout.
-        conditions: settings that are compared when a run is resumed; None for none.
-        skip_nonfinite: number of batches that may be skipped because their loss is not finite.
+        schedule: factor of the learning rate as a function of completed epochs and number of epochs.
+        global_batch: number of images per optimizer step, over all ranks and accumulated batches.
+        card: metadata stored in every checkpoint; ``card.seed`` is the seed of augmentation and dropout.
+        conditions: settings that are stored and are compared when a run is resumed; None to compare nothing.
+        skip_nonfinite: largest number of batches that are skipped because the loss is not finite.
     """
 
     def __init__(
@@ -57,20 +56,20 @@ class Pretraining(L.LightningModule):
         self.method: Method = method.to(memory_format=torch.channels_last)
         self.augment, self.optimizer_settings, self.schedule = augment, optimizer, schedule
         self.global_batch, self.card, self.conditions = global_batch, card, conditions or Conditions()
-        self.total_steps: float = math.inf  # known from the start, or once trainer.max_time has been converted to steps
+        self.total_steps: float = math.inf  # inf until trainer.max_time is converted to steps
         self.length_restored = False  # whether total_steps came from a checkpoint
-        self.on_step_boundary: Callable[[L.Trainer], None] | None = None  # called after all hooks of a batch
+        self.on_step_boundary: Callable[[L.Trainer], None] | None = None  # called after all batch hooks
         self.skip_nonfinite, self.skipped = skip_nonfinite, 0
         self.batches_without_step = 0
-        self.no_update = False  # whether a batch of this optimizer step had no negatives or was skipped
+        self.no_update = False  # whether the method was not ready or a batch was skipped in this optimizer step
         self.step: Step | None = None
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer at the learning rate scaled for the global batch."""
+        """Create the optimizer with the scaled learning rate."""
         return self.optimizer_settings.build(self.method, self.global_batch)
 
     def on_fit_start(self) -> None:
-        """Compare the settings of all ranks, and set the length of the run where epochs or steps determine it."""
+        """Check that all ranks have equal settings, and set the number of steps if it is known at the start."""
         mine, rank = (self.card, self.conditions), self.global_rank
         equal = self.trainer.strategy.broadcast(mine) == mine
         require(equal, f"rank {rank} has another configuration, data or software than rank 0; make them equal")
@@ -79,19 +78,19 @@ class Pretraining(L.LightningModule):
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Seed, batch counter and rank: the random draws of a batch are a function of these."""
+        """Seed, batch counter and rank, which determine all random draws of a batch."""
         return self.card.seed, batches_started(self.trainer), self.global_rank
 
     def views(self, pixels: Tensor) -> list[Tensor]:
-        """Views of uint8 ``[N, C, H, W]``, drawn from :attr:`key`, in channels_last memory format."""
+        """Compute the views of uint8 images ``[N, C, H, W]``, in channels_last memory format."""
         return [view.to(memory_format=torch.channels_last) for view in self.augment(pixels, key=self.key)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Augment, encode, compute the loss."""
+        """Compute views, outputs of the networks, and the loss."""
         self.no_update = self.no_update or not self.method.ready
         views = self.views(batch.pixels)
-        torch.manual_seed(derive_seed((*self.key, 1)))  # dropout is then equal in a resumed run
-        # The forward pass changes statistics of BatchNorm, but no queue.
+        torch.manual_seed(derive_seed((*self.key, 1)))  # a resumed run has the same dropout
+        # Buffers such as BatchNorm statistics are restored if the batch is skipped. Queues do not change before that.
         modules = [m for m in self.method.modules() if self.skip_nonfinite and not isinstance(m, NegativeQueue)]
         state = [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
         self.step = self.method(*views, ids=batch.ids, labels=batch.labels)
@@ -102,7 +101,7 @@ class Pretraining(L.LightningModule):
         for buffer, before in state:
             buffer.copy_(before)
         self.step, self.no_update = None, True
-        # All ranks run a backward pass.
+        # A zero loss, since all ranks must run a backward pass.
         return 0.0 * torch.stack([p.sum() for p in self.method.parameters() if p.requires_grad]).sum()
 
     def _not_finite(self, loss: float, batch: Batch) -> None:
@@ -128,7 +127,7 @@ class Pretraining(L.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Set the learning rate, update the weights, then the state of the method."""
+        """Set the learning rate, and update the weights and the state of the method."""
         steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         factor = self.schedule(self.global_step / steps_per_epoch, self.total_steps / steps_per_epoch)
         for group in optimizer.param_groups:
@@ -136,7 +135,7 @@ class Pretraining(L.LightningModule):
         assert optimizer_closure is not None
         loss = optimizer_closure()
         if self.no_update or not self.method.ready:
-            # With gradients of zero, weight decay alone would change the weights.
+            # A step with zero gradients would still apply weight decay.
             optimizer.zero_grad()
             self.no_update = False
             self.batches_without_step += 1
@@ -145,20 +144,20 @@ class Pretraining(L.LightningModule):
         self.method.after_update((self.global_step + 1) / self.total_steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Update the state of the method once the loss has been used."""
+        """Update the state of the method after the batch."""
         if self.step is not None:
             self.method.after_batch(self.step)
         if self.on_step_boundary is not None and not is_accumulating(self.trainer):
             self.on_step_boundary(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model card and what a resumed run needs, as plain values."""
+        """Store the model card, the conditions and the counters as plain values."""
         counters = {"batches_without_step": self.batches_without_step, "skipped": self.skipped}
         stored = asdict(self.card) | asdict(self.conditions) | counters
         checkpoint["twoview"] = {**stored, "total_steps": self.total_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore counters, and the length of the run unless another one was set."""
+        """Restore the counters, and the number of steps if the length settings are unchanged."""
         stored = checkpoint["twoview"]
         self.batches_without_step, self.skipped = stored["batches_without_step"], stored["skipped"]
         self.length_restored = stored["length"] == self.conditions.length

@@ -1,4 +1,4 @@
-"""One pretraining run: check everything, then train."""
+"""A pretraining run: check all settings, then train."""
 
 import logging
 import time
@@ -36,13 +36,13 @@ Data = ImageData | Callable[..., ImageData] | Dataset[Any]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has been checked and has not written anything yet.
+    """A checked run that has not written any file yet.
 
     Attributes:
-        encoder: the backbone that will be trained.
-        images: the data.
-        module: the Lightning module, with the method and the augmentation.
-        trainer: the Lightning Trainer.
+        encoder: backbone to train, with preprocessing.
+        images: images of the run.
+        module: Lightning module with the method and the augmentation.
+        trainer: Lightning Trainer.
         run: run settings.
     """
 
@@ -54,7 +54,7 @@ class Prepared:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the first of its run."""
+        """Whether this process is rank 0."""
         return self.trainer.is_global_zero
 
     @property
@@ -64,18 +64,18 @@ class Prepared:
 
 
 def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSettings, holdout: float) -> Prepared:
-    """Build networks, load images, and check that they fit each other.
+    """Build the networks, load the images, and check all settings.
 
     Args:
-        data: the images; or a function that loads them, called after everything cheap has been checked; or a torch
-            Dataset of images, see :func:`twoview.data.from_dataset`.
-        recipe: what is trained and how.
+        data: images; or a function that loads images, called after the networks have been built; or a torch Dataset of
+            images, see :func:`twoview.data.from_dataset`.
+        recipe: method, networks, augmentation, optimizer and schedule.
         settings: length, devices and precision.
-        run: folder and seed.
+        run: folder, seed and loggers.
         holdout: share of the training labels that is hidden from training and used for kNN checks, in (0, 1).
 
     Raises:
-        UserError: settings that do not fit each other, the data or this machine.
+        UserError: if settings do not fit each other, the images or this machine.
     """
     run_dir = Path(run.run_dir)
     L.seed_everything(run.seed, workers=True, verbose=False)
@@ -103,14 +103,17 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
 
 
 def train(prepared: Prepared) -> dict[str, Any]:
-    """Train, from the last checkpoint if the run is resumed.
+    """Train, starting from the last checkpoint if the run is resumed.
+
+    Args:
+        prepared: a run from :func:`prepare`.
 
     Returns:
-        Facts for the report: epochs, steps, images seen, seconds, and so on.
+        Values for the report by name, such as ``epochs``, ``steps``, ``images_seen`` and ``seconds``.
 
     Raises:
-        UserError: a checkpoint that cannot be resumed, or training that diverges or runs out of memory.
-        Interrupted: a signal asked the run to stop; it has been saved.
+        UserError: if the checkpoint cannot be resumed, or training diverges or runs out of memory.
+        Interrupted: if a signal stopped the run; a checkpoint has been saved.
     """
     run, module, trainer, images = prepared.run, prepared.module, prepared.trainer, prepared.images
     run_dir = Path(run.run_dir)
@@ -123,7 +126,7 @@ def train(prepared: Prepared) -> dict[str, Any]:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in images.broken)
         write_atomically(run_dir / "broken.txt", lines)
         log.info("data: %d files were left out, listed in %s", len(images.broken), run_dir / "broken.txt")
-    optimizer = module.configure_optimizers()  # as the Trainer will build it
+    optimizer = module.configure_optimizers()  # only to describe it; the Trainer builds another one
     _log_start(prepared, optimizer)
     start = time.perf_counter()
     fit(trainer, module, PretrainingData(images, run.seed), stopped["path"] if stopped else None)
@@ -160,7 +163,7 @@ def _load(data: Data, architecture: dict[str, Any]) -> ImageData:
 def _feature_check(
     encoder: Encoder, images: ImageData, holdout: float, save: callbacks.SaveCheckpoints, every: int
 ) -> callbacks.FeatureCheck:
-    """The check of held-out training images, whose labels are hidden from pretraining."""
+    """Build the feature check, and hide the labels of the held-out images from pretraining."""
     fitted, held_out = torch.arange(len(images.pretrain)), None
     if images.train is not None:
         fitted, held_out = split_holdout(images.train.labels, holdout, encoder.card.seed)

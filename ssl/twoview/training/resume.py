@@ -1,4 +1,4 @@
-"""Conditions for resuming a run or skipping a finished one, and exclusive use of its folder."""
+"""Checks before a run is resumed or a finished run is skipped, and a lock on the run folder."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Conditions:
-    """Settings that are stored in every checkpoint and compared when the run is resumed.
+    """Settings that are stored in every checkpoint and are compared when the run is resumed.
 
     Args:
-        conditions: values on which the result depends, by name.
-        length: ``max_epochs``, ``max_time`` and ``max_steps``.
-        identity: see :class:`twoview.training.RunSettings`.
+        conditions: values by name that change the result of training.
+        length: values of ``max_epochs``, ``max_time`` and ``max_steps``, by name.
+        identity: hash of all settings, see :class:`twoview.training.RunSettings`.
     """
 
     conditions: Mapping[str, Any] = field(default_factory=dict)
@@ -37,14 +37,14 @@ def check_resume(
     """Check that a run can be resumed from a checkpoint.
 
     Args:
-        stopped: the checkpoint.
-        module: the module that will load its state.
-        conditions: conditions of the present run.
+        stopped: content of the checkpoint.
+        module: module that will load the state dict of the checkpoint.
+        conditions: conditions of the current run.
         run_dir: folder of the run, for messages.
-        exact: refuse differing conditions instead of logging them.
+        exact: whether differing conditions raise an error; if False, they are logged as a warning.
 
     Raises:
-        UserError: other networks, a run that is finished, or differing conditions.
+        UserError: if the networks differ, the run is finished, or conditions differ and ``exact`` is set.
     """
     stored = stopped["twoview"]
     mine = {name: list(value.shape) for name, value in module.state_dict().items()}
@@ -66,7 +66,7 @@ def check_resume(
 
 
 def finished_report(run_dir: Path, conditions: Conditions) -> dict[str, Any] | None:
-    """The report of a finished run of the same identity, data and version of twoview; None if there is none."""
+    """Read the report of a run folder; None unless identity, data and version of twoview are the same."""
     if conditions.identity is None:
         return None
     try:
@@ -79,10 +79,10 @@ def finished_report(run_dir: Path, conditions: Conditions) -> dict[str, Any] | N
 
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Lock a run folder against other processes; does nothing where fcntl is missing.
+    """Lock a run folder against other processes; no lock if fcntl is missing.
 
     Raises:
-        UserError: the folder cannot be written, or another process has locked it.
+        UserError: if the folder cannot be written or another process has locked the folder.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         try:
             import fcntl  # not on Windows
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit this lock
         except BlockingIOError as error:
             raise UserError(f"{run_dir}: another process is working in this folder; wait for it, or stop it") from error
         except (ImportError, OSError):

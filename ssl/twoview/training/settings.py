@@ -21,17 +21,18 @@ Loggers = Sequence[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and how. Networks and views are given as functions that build them.
+    """Method, networks, augmentation, optimizer and schedule of a run.
 
     Args:
-        method: ``(backbone, head) -> Method``, such as :class:`twoview.methods.SimCLR`.
-        backbone: ``() -> (network, F)``, a partial of :func:`twoview.backbones.create_backbone`; number of channels and
-            size must be those of the images.
-        head: ``(F) -> module``, builds the projection head for F features.
-        augment: builds the views, such as :class:`twoview.augment.TwoViews`; called with size, channels and statistics
-            of the images.
-        optimizer: which optimizer at which learning rate.
-        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
+        method: function ``(backbone, head) -> Method``, such as :class:`twoview.methods.SimCLR`.
+        backbone: function ``() -> (network, F)``, such as a partial of :func:`twoview.backbones.create_backbone`, whose
+            ``in_chans`` and ``image_size`` must match the images.
+        head: function ``(F) -> head`` that builds the projection head for F features.
+        augment: function that builds the augmentation, such as :class:`twoview.augment.TwoViews`; called with size,
+            channels and statistics of the images as keyword arguments.
+        optimizer: optimizer settings.
+        schedule: function ``(epoch, epochs) -> factor``, which returns the factor of the learning rate for the number
+            of completed epochs and the length of the run in epochs.
     """
 
     method: Callable[[nn.Module, nn.Module], Method] = SimCLR
@@ -44,19 +45,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a run writes, its seed, and what happens if it was started before.
+    """Folder, seed and loggers of a run, and how to treat an earlier run in the same folder.
 
     Args:
-        run_dir: folder for everything that is written; created if missing.
+        run_dir: folder for all files of the run; created if missing.
         seed: seed of initialization, image order, augmentation and held-out split, from 0 to 2^32 - 1.
-        loggers: Lightning loggers, by name or as a sequence.
-        resume: continue from the last checkpoint in ``run_dir``, if there is one.
-        exact: refuse to resume where the result could differ from that of an uninterrupted run: other data, seed, batch
-            size, number of processes or threads, precision, device or torch.
-        identity: a hash of all settings. If ``run_dir`` holds a report with the same identity, data and version of
-            twoview, that report is returned instead of training again. A run that was stopped during its evaluation
-            then repeats the evaluation only.
-        rerun: start from the beginning in any case; results of an earlier run in ``run_dir`` are overwritten.
+        loggers: Lightning loggers, as a sequence or a mapping.
+        resume: any true value continues from the last checkpoint in ``run_dir``, if there is one. A string has no other
+            meaning: the command line passes the path of the run folder, which is also ``run_dir``.
+        exact: whether to refuse to resume if the result could differ from that of an uninterrupted run. This is the
+            case if seed, batch size, accumulation, precision, number of processes or threads, device, data or the
+            version of torch differ.
+        identity: hash of all settings, or None. With a hash, a finished run in ``run_dir`` is not repeated: its report
+            is returned if identity, data and version of twoview are the same. A run that was stopped during the
+            evaluation can then be resumed, which repeats only the evaluation.
+        rerun: whether to start from the beginning in any case and overwrite the results of an earlier run.
     """
 
     run_dir: str | Path = "run"
@@ -73,21 +76,23 @@ class TrainerSettings:
     """Length of training, devices and precision.
 
     Args:
-        max_epochs: largest number of passes over the images; None for no limit but ``max_time`` or ``max_steps``.
-        max_time: largest training time, as "15m", "2h", "90s" or "HH:MM:SS"; it is converted to a number of steps.
-        max_steps: largest number of optimizer steps.
+        max_epochs: largest number of epochs, >= 1; None for no limit. At least one of the three limits is required.
+        max_time: largest training time, such as "15m", "2h", "90s" or "HH:MM:SS"; None for no limit. During the first
+            steps, the time is converted to a number of steps.
+        max_steps: largest number of optimizer steps, >= 1; None for no limit.
         accelerator: "auto", "cpu", "gpu" or "mps".
-        devices: number of processes, one device each.
+        devices: number of devices per node, with one process each, >= 1.
         precision: "auto", "32-true", "bf16-mixed" or "16-mixed"; see
             :func:`twoview.training.trainer.choose_precision`.
-        accumulate: batches per optimizer step; does not add negatives.
-        clip: largest norm of the gradient, > 0; None for no limit.
-        skip_nonfinite: number of batches that may be skipped because their loss is not finite; one more ends the run.
-        log_every: steps between two entries of the log.
-        check_every: epochs between kNN checks of the features, 0 for none.
+        accumulate: number of batches per optimizer step, >= 1; does not increase the number of negatives.
+        clip: largest norm of the gradient, > 0; None for no clipping.
+        skip_nonfinite: largest number of batches that are skipped because the loss is not finite, >= 0; a further such
+            batch ends the run with an error.
+        log_every: number of optimizer steps between logged values, >= 1.
+        check_every: number of epochs between checks of the features (effective rank, kNN), >= 0; 0 for no checks.
 
     Raises:
-        UserError: a value out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> TrainerSettings(max_epochs=None, max_time="1.5h").seconds
@@ -120,7 +125,7 @@ class TrainerSettings:
 
     @property
     def seconds(self) -> float | None:
-        """``max_time`` in seconds."""
+        """``max_time`` in seconds; None without ``max_time``."""
         if self.max_time is None:
             return None
         text = str(self.max_time)

@@ -1,4 +1,4 @@
-"""Building the Lightning Trainer and running it."""
+"""Functions that build and run the Lightning Trainer."""
 
 import logging
 import os
@@ -24,13 +24,20 @@ from twoview.training.settings import Loggers, TrainerSettings
 def build_trainer(
     settings: TrainerSettings, network: nn.Module, callbacks: Sequence[L.Callback], loggers: Loggers, run_dir: Path
 ) -> L.Trainer:
-    """The Trainer for some settings.
+    """Build the Trainer.
+
+    Args:
+        settings: length, devices and precision.
+        network: backbone, which determines the precision "auto".
+        callbacks: Lightning callbacks.
+        loggers: Lightning loggers.
+        run_dir: folder for the files of the run.
 
     Raises:
-        UserError: devices or a precision that do not exist here.
+        UserError: if devices or precision are not available.
     """
     nodes = _nodes(settings.devices)
-    # Lightning's start-up messages are for its own users; the number of loader processes is set on purpose.
+    # Hide start-up messages of Lightning and warnings about settings that are chosen on purpose.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     expected = (
@@ -43,7 +50,7 @@ def build_trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=nodes,
-            # Buffers are not broadcast: queues are equal on all ranks, BatchNorm statistics differ.
+            # No broadcast of buffers: queues are already equal on all ranks, BatchNorm statistics may differ.
             strategy=DDPStrategy(broadcast_buffers=False) if nodes * settings.devices > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
             max_epochs=settings.max_epochs or -1,
@@ -75,10 +82,16 @@ def _nodes(devices: int) -> int:
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, checkpoint: str | None) -> None:
-    """Train, from the state of a checkpoint if one is given.
+    """Train.
+
+    Args:
+        trainer: Lightning Trainer.
+        module: Lightning module.
+        data: batches of images.
+        checkpoint: path of a checkpoint whose state is loaded first; None to start from the beginning.
 
     Raises:
-        UserError: out of memory.
+        UserError: if training runs out of memory.
     """
     environment, threads = dict(os.environ), torch.get_num_threads()
     try:
@@ -99,16 +112,17 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, ch
 
 
 def choose_precision(precision: str, network: nn.Module, device: torch.device) -> str:
-    """Lightning's name of the precision to train in.
+    """Return the precision of training as a name of Lightning.
 
     Args:
-        precision: "auto", "32-true", "bf16-mixed" or "16-mixed". "auto" is bf16 autocast where the device supports it
-            natively, except on a CPU for networks of mostly depthwise convolutions, which bf16 slows down; else fp32.
-        network: the network.
-        device: device that it will be trained on.
+        precision: "auto", "32-true", "bf16-mixed" or "16-mixed". "auto" is "bf16-mixed" if the device supports bf16
+            natively, and "32-true" otherwise. On a CPU, "auto" is "32-true" for networks with mostly depthwise
+            convolutions, which are slower in bf16.
+        network: network to train.
+        device: device that the network is trained on.
 
     Raises:
-        UserError: an unknown precision, or fp16 on a CPU, where one batch takes minutes.
+        UserError: if the precision is unknown, or is fp16 on a CPU, where one batch takes minutes.
     """
     names = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
     precision = names.get(str(precision), str(precision))

@@ -1,4 +1,4 @@
-"""Lightning callbacks, one a file."""
+"""Lightning callbacks, one per file."""
 
 from twoview.training.callbacks.feature_check import FeatureCheck
 from twoview.training.callbacks.progress_bar import ProgressBar

@@ -16,17 +16,17 @@ log = logging.getLogger(__name__)
 
 
 class FeatureCheck(L.Callback):
-    """Effective rank, and kNN accuracy of held-out training images against the others, on images without augmentation.
+    """Logs the effective rank of features and the kNN accuracy on held-out training images, without augmentation.
 
     Args:
-        encoder: the network that is trained.
-        images: labelled training images; unlabelled ones where there are no labels.
-        fit: int64 positions of the images whose features are checked and whose labels are used by kNN.
-        held_out: int64 positions of the images that kNN classifies; None for no kNN.
+        encoder: encoder with the backbone that is trained.
+        images: labeled training images; unlabeled images if there are no labels.
+        fit: int64 positions in ``images`` of the kNN bank, which also gives the effective rank.
+        held_out: int64 positions in ``images`` of the images that kNN classifies; None for no kNN.
         classes: number of classes.
-        save: saves a checkpoint after every check.
-        every: epochs between checks, 0 for never; the last epoch is always checked otherwise.
-        limit: largest number of images in each of the two sets, which bounds the time of a check.
+        save: callback that saves a checkpoint after every check.
+        every: number of epochs between checks; 0 for no checks. With checks, the end of the run is also checked.
+        limit: largest number of images in ``fit`` and in ``held_out``, which limits the time of a check.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class FeatureCheck(L.Callback):
         self.encoder, self.classes, self.save, self.every = encoder, classes, save, every
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Check, log ``val/knn_top1`` and ``val/effective_rank``, and save."""
+        """Log ``val/knn_top1`` and ``val/effective_rank``, and save a checkpoint."""
         done = trainer.global_step >= pl_module.total_steps
         if not self.every or not (done or (trainer.current_epoch + 1) % self.every == 0):
             return
-        # On rank 0 only: BatchNorm statistics differ between ranks, and all must choose the same checkpoint.
+        # On rank 0 only: BatchNorm statistics differ between ranks, but all ranks must choose the same checkpoint.
         found = self.check(pl_module.device) if trainer.is_global_zero else ({}, "")
         figures, message = trainer.strategy.broadcast(found)
         pl_module.log_dict(figures)
@@ -58,12 +58,12 @@ class FeatureCheck(L.Callback):
         self.save.save_after_check(trainer, figures.get("val/knn_top1"))
 
     def check(self, device: torch.device | str) -> tuple[dict[str, float], str]:
-        """Figures by name, and a sentence for the log."""
+        """Compute the metrics by name, and a message for the log."""
         self.encoder.to(device)
         bank = self.encoder.feature_matrix(self.bank)
-        # Evenly spaced rows: the images of a folder are sorted by class.
+        # Evenly spaced rows, because the images of a folder are sorted by class.
         rows = bank[torch.linspace(0, len(bank) - 1, min(len(bank), 10 * bank.shape[1])).long()]
-        # RankMe needs 10 rows per dimension; with fewer, their number limits the figure and is logged beside it.
+        # RankMe needs 10 rows per dimension. Fewer rows limit the rank, so the number of rows is logged too.
         figures = {"val/effective_rank": metrics.effective_rank(rows), "val/effective_rank_rows": float(len(rows))}
         message = f"effective rank {figures['val/effective_rank']:.1f} of {bank.shape[1]}"
         if self.held_out is not None:

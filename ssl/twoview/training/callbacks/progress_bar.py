@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class ProgressBar(L.Callback):
-    """One bar for the run, with loss, chance level where there is one, images per second and time left."""
+    """Progress bar of the run, with loss, chance level, images per second and remaining time."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Show the bar, on the first rank and in a terminal only."""
+        """Show the bar, only on rank 0 and only in a terminal."""
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,6 +42,6 @@ class ProgressBar(L.Callback):
         self.progress.stop()
 
     def on_exception(self, *_: Any) -> None:
-        """Restore the terminal."""
+        """Remove the bar."""
         if hasattr(self, "progress"):
             self.progress.stop()

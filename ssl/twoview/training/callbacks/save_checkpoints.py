@@ -1,4 +1,4 @@
-"""When checkpoints are written."""
+"""Callback that saves checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from twoview.training.checkpoints import BEST
 
 
 class SaveCheckpoints(L.Callback):
-    """Writes ``last.ckpt`` after every check and at the end of the run, ``best.ckpt`` whenever the score improves.
+    """Saves ``last.ckpt`` after every check and at the end of the run, and ``best.ckpt`` if the score improves.
 
     Args:
         folder: folder of the checkpoints.
@@ -22,15 +22,15 @@ class SaveCheckpoints(L.Callback):
         self.best = float("-inf")
 
     def state_dict(self) -> dict[str, Any]:
-        """State for the checkpoint."""
+        """Return the state that checkpoints store."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from ``state_dict``."""
+        """Restore the state from ``state_dict``."""
         self.best = state_dict["best"]
 
     def save_after_check(self, trainer: L.Trainer, score: float | None) -> None:
-        """Save after a check of the features; larger scores are better, None is no score."""
+        """Save after a check of the features. A larger score is better; None means that there is no score."""
         if score is not None and score > self.best:
             self.best = score
             self.save(trainer, BEST)
@@ -41,10 +41,10 @@ class SaveCheckpoints(L.Callback):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer, name: str = LAST) -> None:
-        """Save the present state.
+        """Save a checkpoint of the current state.
 
         Raises:
-            UserError: weights that are not finite, or a file that cannot be written.
+            UserError: if weights are not finite or the file cannot be written.
         """
         finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
         diverged = f"after step {trainer.global_step} the weights are not finite: training has diverged"

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: finish the step, save, and report where."""
+"""Handling of signals that stop a run at the next step boundary, after saving a checkpoint."""
 
 import signal
 import threading
@@ -12,17 +12,18 @@ from twoview.errors import Interrupted
 from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
 from twoview.training.lightning_internals import flush_step_metrics
 
-# Clusters send SIGUSR1 before the time limit of a job, submitit SIGUSR2. Windows lacks some of them.
+# Clusters send SIGUSR1 and submitit sends SIGUSR2 before the time limit of a job. Windows lacks some of these signals.
 NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 
 
 class SignalHandler(L.Callback):
-    """Turns signals into a flag that all ranks check together at every step boundary.
+    """Stores a received signal in a flag that all ranks check at every step boundary.
 
-    A second SIGINT stops at once. A handler that was installed before, such as submitit's, is called after saving.
+    A second SIGINT stops the process at once. For SIGUSR1 and SIGUSR2, the handler that was installed before, such as
+    that of submitit, is called after saving.
 
     Args:
-        save: writes the checkpoint.
+        save: callback that saves the checkpoint.
     """
 
     def __init__(self, save: SaveCheckpoints) -> None:
@@ -31,7 +32,7 @@ class SignalHandler(L.Callback):
         self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Install the handlers; Python allows that in the main thread only."""
+        """Install the handlers if this is the main thread; Python does not allow handlers in other threads."""
         if threading.current_thread() is not threading.main_thread():
             return
         for name in NAMES:
@@ -40,14 +41,14 @@ class SignalHandler(L.Callback):
                 self.before[number] = signal.signal(number, self._handle)
 
     def stop_if_asked(self, trainer: L.Trainer) -> None:
-        """Save and stop if any rank has received a signal; to be called at a step boundary, after all batch hooks.
+        """Save and stop if any rank has received a signal. Call at a step boundary, after all batch hooks.
 
         Raises:
-            Interrupted: after saving.
+            Interrupted: if a rank has received a signal; raised after saving.
         """
         received = self.received
         if trainer.world_size > 1:
-            # The largest number is taken, so that all ranks stop with the same exit code.
+            # All ranks use the largest signal number, so that they stop with the same exit code.
             flag = torch.tensor(received, device=trainer.strategy.root_device)
             received = int(trainer.strategy.reduce(flag, reduce_op="max"))
         if not received:
@@ -63,17 +64,17 @@ class SignalHandler(L.Callback):
         raise Interrupted(f"{signal.Signals(received).name}: {saved}", code)
 
     def restore(self) -> None:
-        """Install the former handlers again."""
+        """Restore the previous handlers."""
         for number, handler in self.before.items():
-            # None stands for a handler that was not installed from Python.
+            # None: the previous handler was not installed from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_train_end(self, *_: Any) -> None:
-        """Install the former handlers again."""
+        """Restore the previous handlers."""
         self.restore()
 
     def on_exception(self, *_: Any) -> None:
-        """Install the former handlers again."""
+        """Restore the previous handlers."""
         self.restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

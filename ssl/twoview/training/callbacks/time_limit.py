@@ -1,4 +1,4 @@
-"""A time limit as a number of steps."""
+"""Conversion of a time limit to a number of steps."""
 
 import logging
 import time
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class TimeLimit(L.Callback):
-    """Converts a time limit to a number of steps, so that schedules know the end of the run.
+    """Converts a time limit to a number of steps, which schedules need.
 
-    The time per step is measured on 50 steps after 10 warm-up steps; on fewer if that would take more than a fifth of
-    the time.
+    The time per step is measured on 50 steps after 10 warm-up steps. The measurement ends early after a fifth of the
+    time limit.
 
     Args:
         seconds: time limit of training in seconds, > 0.
@@ -29,15 +29,15 @@ class TimeLimit(L.Callback):
         self.fixed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """State for the checkpoint."""
+        """Return the state that checkpoints store."""
         return {"fixed": self.fixed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore from ``state_dict``."""
+        """Restore the state from ``state_dict``."""
         self.fixed = state_dict["fixed"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock, unless a checkpoint has restored the number of steps."""
+        """Start the measurement, or use the number of steps from the checkpoint."""
         self.start = self.warm_at = time.perf_counter()
         self.first = self.steps = trainer.global_step
         self.fixed = self.fixed and pl_module.length_restored
@@ -45,9 +45,9 @@ class TimeLimit(L.Callback):
             set_max_steps(trainer, int(pl_module.total_steps))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Set the number of steps once the time per step is known."""
+        """Set the number of steps when the measurement is complete."""
         now, steps = time.perf_counter(), trainer.global_step
-        if self.fixed or steps == self.steps:  # no optimizer step: more batches are accumulated
+        if self.fixed or steps == self.steps:  # no optimizer step in this batch
             return
         self.steps, done = steps, steps - self.first
         late = trainer.strategy.broadcast(now - self.start > self.seconds / 5)

@@ -1,4 +1,4 @@
-"""What is logged during training, and the warning of collapse."""
+"""Logging of training metrics, and a warning of collapse."""
 
 import logging
 import time
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 class TrainingLogger(L.Callback):
-    """Logs loss, metrics of the embeddings, and time spent on loading, augmentation and training.
+    """Logs the loss, metrics of the embeddings, and the shares of time spent on loading, augmentation and training.
 
-    Warns once if features or embeddings collapse.
+    Logs one warning if features or embeddings collapse.
 
     Args:
-        every: steps between two logs; also the Trainer's.
+        every: number of optimizer steps between logged values; the same as ``log_every_n_steps`` of the Trainer.
     """
 
     def __init__(self, every: int) -> None:
@@ -31,7 +31,7 @@ class TrainingLogger(L.Callback):
         self.load = self.augment = self.lap_start = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock, and time the forward pass of the augmentation."""
+        """Start the time measurement, and register hooks that measure the augmentation."""
         self.batch_end = self.logged_at = time.perf_counter()
         self.hooks = [
             pl_module.augment.register_forward_pre_hook(lambda *_: self._lap(pl_module)),
@@ -44,18 +44,18 @@ class TrainingLogger(L.Callback):
             hook.remove()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Exclude the time between epochs, which is spent on checks and checkpoints."""
+        """Exclude the time between epochs, in which features are checked and checkpoints are saved."""
         now = time.perf_counter()
         self.logged_at += now - self.batch_end
         self.batch_end = now
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Record the time that loading took."""
+        """Add the time spent on loading."""
         self.batch_start = time.perf_counter()
         self.load += self.batch_start - self.batch_end
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
-        """Log every n-th step."""
+        """Log the metrics every ``every`` optimizer steps."""
         self.batches += 1
         if trainer.global_step % self.every == 0 and pl_module.step is not None:
             now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
@@ -75,7 +75,7 @@ class TrainingLogger(L.Callback):
 
     def _lap(self, pl_module: Any, add_to: str = "") -> None:
         if pl_module.device.type == "cuda":
-            # GPU work is asynchronous and timing it needs a synchronization: time every eighth batch.
+            # Timing of GPU work needs a synchronization, which is slow. Measure every eighth batch only.
             if self.batches % 8:
                 return
             torch.cuda.synchronize(pl_module.device)
@@ -85,8 +85,8 @@ class TrainingLogger(L.Callback):
         self.lap_start = now
 
     def _warn(self, figures: dict[str, float], progress: float) -> None:
-        # BatchNorm at the end of a head rescales even tiny differences between embeddings, so the features of the
-        # backbone are checked too. They are nearly equal at random initialization: wait for a quarter of the run.
+        # BatchNorm at the end of a head enlarges even tiny differences between embeddings, so backbone features are
+        # checked too. These features are nearly equal at random initialization, so the first quarter is excluded.
         alike = figures["embedding_std"] < 0.1 or (progress > 0.25 and figures["feature_std"] < 0.05)
         if alike and not self.warned:
             self.warned = True
