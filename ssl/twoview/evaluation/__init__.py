@@ -1,4 +1,4 @@
-"""Evaluation of frozen features: choices on held-out training labels, scores on test labels that are read once."""
+"""Evaluation of features: hyperparameters are chosen on held-out training labels; test labels are read once."""
 
 from twoview.evaluation.finetune import FineTuning
 from twoview.evaluation.settings import MEASURES, EvaluationSettings

@@ -1,4 +1,4 @@
-"""Results of expensive computations, stored in files for the next evaluation."""
+"""Cache of results in files, for repeated evaluations."""
 
 import hashlib
 import logging
@@ -18,11 +18,14 @@ Result = TypeVar("Result")
 
 
 def key(*parts: Any) -> str:
-    """Hash of everything that a result depends on, including twoview's own code and torch's version.
+    """Hash everything that a result depends on, including the code of twoview and the version of torch.
 
     Args:
-        parts: modules, hashed by their weights and architecture; images, by their statistics and labels; anything else,
-            by its ``repr``.
+        parts: objects that the result depends on. Modules are hashed by their weights and architecture, images by their
+            statistics and labels, and all other objects by their ``repr``.
+
+    Returns:
+        32 hexadecimal digits.
     """
     digest = hashlib.blake2b(_code() + torch.__version__.encode(), digest_size=16)
     for part in parts:
@@ -48,12 +51,15 @@ def _code() -> bytes:
 
 
 def cached(folder: str | None, name: Callable[[], str], compute: Callable[[], Result]) -> Result:
-    """The result stored under a name, or computed and stored.
+    """Load the result that is stored under a name; if there is none, compute and store it.
 
     Args:
-        folder: where results are stored; None computes without storing.
-        name: returns the name, such as :func:`key`.
-        compute: returns tensors or plain containers.
+        folder: folder of the stored results; None to compute without storing.
+        name: function that returns the name, such as :func:`key`; not called if ``folder`` is None.
+        compute: function that returns the result, which consists of tensors, plain containers and plain values.
+
+    Returns:
+        The result.
     """
     if folder is None:
         return compute()

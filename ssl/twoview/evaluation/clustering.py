@@ -21,26 +21,29 @@ class Clustering(Measure):
     name = "clustering"
 
     def choose(self, inputs: Inputs, earlier: ByName) -> np.ndarray:
-        """Cluster of each test image."""
+        """Return the cluster of each test image, int32 ``[T]``."""
         return cluster(inputs.test, inputs.classes, inputs.seed)
 
     def score(self, chosen: np.ndarray, inputs: Inputs, labels: Tensor) -> Figures:
-        """See :func:`clustering_figures`."""
+        """Return the metrics of :func:`clustering_figures`."""
         return clustering_figures(inputs.test, chosen, labels, inputs.seed)
 
     def table(self, columns: ByName, report: ByName) -> Table:
-        """All figures."""
+        """Return a table of all metrics."""
         note = "k-means on unit-length features of test images, as many clusters as classes."
         return figures_table("Clustering", columns, note)
 
 
 def cluster(features: Tensor, clusters: int, seed: int) -> np.ndarray:
-    """Cluster of each row of ``[N, F]``, by k-means on unit-length rows, the best of five starts.
+    """Assign each row to a cluster by k-means on unit-length rows, with the best of five initializations.
 
     Args:
-        features: ``[N, F]``.
-        clusters: their number, at most N.
+        features: fp32 ``[N, F]``.
+        clusters: number of clusters; N if it is larger than N.
         seed: seed of k-means.
+
+    Returns:
+        int32 ``[N]``, cluster of each row.
     """
     unit = l2_normalize(features).numpy()
     with warnings.catch_warnings():
@@ -55,15 +58,18 @@ def clustering_figures(
     """Compare clusters with the classes.
 
     Args:
-        features: ``[N, F]``.
-        assigned: cluster of each row.
+        features: fp32 ``[N, F]``.
+        assigned: int32 ``[N]``, cluster of each row.
         labels: int64 ``[N]``.
-        seed: seed of the sample.
-        sample: number of images of which the silhouette is computed.
+        seed: seed of the random sample for the silhouette.
+        sample: number of images from which the silhouette is computed.
 
     Returns:
-        ``nmi`` in [0, 1] (arithmetic mean) and ``ari`` in [-0.5, 1] against the labels; ``silhouette`` of the clusters
-        in [-1, 1], None where all images of the sample lie in one cluster or each in its own; ``clusters`` with images.
+        * ``nmi``: normalized mutual information of clusters and labels (arithmetic normalization), in [0, 1];
+        * ``ari``: adjusted Rand index of clusters and labels, in [-0.5, 1];
+        * ``silhouette``: mean silhouette coefficient of the clusters, in [-1, 1]. None if all images of the sample lie
+          in one cluster, or each image lies in a cluster of its own;
+        * ``clusters``: number of clusters that contain images.
     """
     unit = l2_normalize(features).numpy()
     part = np.random.default_rng(seed).permutation(len(unit))[:sample]

@@ -1,4 +1,4 @@
-"""Comparison of finished runs on the same test images, with paired intervals of their differences."""
+"""Comparison of finished runs on the same test images, with paired confidence intervals of the differences."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ FIGURES = {
 
 
 def probe_titles() -> dict[str, str]:
-    """Row titles of all results that are accuracies, by their names in a report."""
+    """Return the row title of each result that is an accuracy, by the name of the result in a report."""
     titles = {name: measure.probe_title for name, measure in MEASURES.items() if measure.probe_title}
     return {**titles, "finetune": "top-1"}
 
@@ -36,17 +36,22 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
     """Compare finished runs.
 
     Args:
-        runs: two or more folders with ``report.json`` and ``predictions.safetensors``, of the same test images.
+        runs: two or more folders with ``report.json`` and ``predictions.safetensors``, evaluated on the same test
+            images.
         seed: seed of the bootstrap.
-        resamples: number of resamples of the test images.
+        resamples: number of bootstrap resamples of the test images.
 
     Returns:
-        ``data`` and ``test_fingerprint`` of the runs; and ``runs``, for each its ``folder``, ``method``, ``backbone``,
-        ``seed``, ``results``, and ``differences``: for each probe that it has in common with the first run
-        ``difference``, its accuracy minus that of the first run, and the 95 % ``interval`` over resampled test images.
+        * ``data``, ``backbone`` and ``test_fingerprint`` of the first run;
+        * ``runs``: for each run its ``folder``, ``method``, ``backbone``, ``data``, ``seed``, ``commit``, ``results``
+          and ``differences``.
+
+        ``differences`` has an entry for each probe that both the run and the first run have: ``difference``, the
+        accuracy of the run minus the accuracy of the first run; and ``interval``, the 95 % paired bootstrap interval of
+        this difference over the test images.
 
     Raises:
-        UserError: too few runs, one that is not finished, or other test images.
+        UserError: there are fewer than two runs, a run is not finished, or the test images of two runs differ.
     """
     several = not isinstance(runs, str | Path) and len(runs) > 1
     require(several, f"runs={runs}: give two or more folders of finished runs, such as runs=[A,B]")
@@ -69,7 +74,11 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """The table of a comparison, and that of its differences."""
+    """Return a table of the results of all runs, and a table of their differences from the first run.
+
+    Args:
+        comparison: result of :func:`compare`.
+    """
     titles = probe_titles()
     columns: dict[str, dict[str, str]] = {}
     differences: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""An evaluation: features, then choices without test labels, then scores with them; the same for the baselines."""
+"""Evaluation of a network and its baselines: features, choices without test labels, then scores with test labels."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evidence:
-    """Features and predictions of the trained network, from which the report's files and plots are made.
+    """Features and predictions of the trained network, from which the files and plots of a report are made.
 
     Attributes:
         train: fp32 ``[N, F]`` features of the training images.
         test: fp32 ``[T, F]`` features of the test images.
-        predictions: predictions of each probe, by its name.
-        splits: for each size of :class:`twoview.evaluation.few_labels.FewLabels`, positions of each draw.
-        shared: test images that are training images too, by split.
+        predictions: predictions of each probe, by name of the probe.
+        splits: int64 positions of the labelled training images of each draw, by size of the draw; see
+            :func:`twoview.evaluation.few_labels.few_label_splits`.
+        shared: test images that are also training images, by split ("train" or "pretrain").
     """
 
     train: Tensor
@@ -44,21 +45,25 @@ class Evidence:
 def evaluate(
     encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings, seed: int
 ) -> tuple[dict[str, Any], Evidence]:
-    """Take all measures of a network, and of its baselines.
+    """Evaluate a network and its baselines by all measures.
 
     Args:
-        encoder: the network, on the device where everything is computed.
+        encoder: the network, on the device of the computation.
         images: labelled training and test images.
-        views: augmentation whose alignment is measured.
-        settings: measures and how choices are made.
+        views: augmentation for which alignment is measured.
+        settings: measures, and how choices are made.
         seed: seed of all random draws.
 
     Returns:
-        ``results``, for "trained" and each baseline the figures of each measure; ``protocol``, all settings;
-        ``integrity``; ``figures``, held-out accuracies that a sweep can select by; and the evidence.
+        A part of the report, and the evidence. The part of the report has these keys:
+
+        * ``results``: metrics of each measure, for "trained" and for each baseline;
+        * ``protocol``: all settings, and the numbers of training and test images;
+        * ``figures``: accuracies on held-out training labels, which a sweep can select by;
+        * ``integrity``: metrics of :class:`twoview.evaluation.integrity.Integrity`, if this measure is taken.
 
     Raises:
-        UserError: images without labels, or features that are not finite.
+        UserError: the images have no labels, or features are not finite.
     """
     train, test = images.labelled
     small = {}
@@ -119,18 +124,18 @@ def take(measures: Sequence[Measure], inputs: Inputs, labels: Tensor) -> tuple[d
     """Take measures in two phases: all choices, then all scores.
 
     Args:
-        measures: which ones.
+        measures: measures to take; a measure that does not apply to ``inputs`` is left out.
         inputs: features and images, without test labels.
-        labels: int64 ``[T]`` of the test images.
+        labels: int64 ``[T]``, labels of the test images.
 
     Returns:
-        Figures and choices of each measure that applies, by its name.
+        Metrics by name of the measure, and results of ``choose`` by name of the measure.
     """
     chosen: dict[str, Any] = {}
     for measure in measures:
         if measure.applies(inputs):
             chosen[measure.name] = measure.choose(inputs, chosen)
-    # The test labels are read from here on; nothing is chosen any more.
+    # From here on, test labels are read and nothing is chosen.
     found = {}
     for measure in (measure for measure in measures if measure.name in chosen):
         result = chosen[measure.name]

@@ -17,7 +17,12 @@ from twoview.evaluation.tables import Table, side_by_side, with_interval
 
 
 class FewLabelPredictions(NamedTuple):
-    """For each size of split: int64 positions of each draw, and int64 ``[T]`` predictions for the test images."""
+    """Predictions of probes on few labels.
+
+    Attributes:
+        splits: int64 positions of the labelled training images of each draw, by size.
+        predictions: int64 ``[T]`` predicted classes of the test images for each draw, by size.
+    """
 
     splits: Mapping[str, Sequence[Tensor]]
     predictions: Mapping[str, Sequence[Tensor]]
@@ -25,19 +30,19 @@ class FewLabelPredictions(NamedTuple):
 
 @dataclass(frozen=True)
 class FewLabels(Measure):
-    """Linear probes fitted on few labelled training images, several random draws of each size.
+    """Linear probes fitted on few labelled training images, for several random draws of each size.
 
-    The penalty is fixed: too few labels to hold any out.
+    The penalty is fixed, since there are too few labels to hold any out.
 
     Args:
-        labels_per_class: numbers of labelled images per class.
-        label_shares: shares of the training labels, in (0, 1).
-        draws: random splits of each size, at least 2; equal for all runs on the same labels.
+        labels_per_class: sizes given as numbers of labelled images per class, > 0.
+        label_shares: sizes given as shares of the training labels, in (0, 1).
+        draws: number of random draws of each size, at least 2; the draws are the same for all runs on the same labels.
         few_label_l2: L2 penalty, > 0.
         max_iterations: largest number of iterations of L-BFGS.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     name = "few_labels"
@@ -57,7 +62,7 @@ class FewLabels(Measure):
 
     def choose(self, inputs: Inputs, earlier: ByName) -> FewLabelPredictions:
         """Fit a probe on each split and classify the test images."""
-        # All training images determine the scale of the features, which needs no labels.
+        # The scale of the features needs no labels, so it is computed from all training images.
         scale, l2 = feature_scale(inputs.train.features), [self.few_label_l2]
 
         def predicted(split: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ class FewLabels(Measure):
         return FewLabelPredictions(splits, {name: [predicted(s) for s in draws] for name, draws in splits.items()})
 
     def score(self, chosen: FewLabelPredictions, inputs: Inputs, labels: Tensor) -> Figures:
-        """For each size the ``mean`` accuracy over the ``draws``, its 95 % t ``interval``, and all accuracies."""
+        """Return for each size the ``mean`` accuracy, its 95 % t ``interval``, and the accuracies of all ``draws``."""
         results = {}
         for name, draws in chosen.predictions.items():
             accuracies = np.array([accuracy(classes, labels) for classes in draws])
@@ -79,7 +84,7 @@ class FewLabels(Measure):
         return results
 
     def table(self, columns: ByName, report: ByName) -> Table:
-        """Mean accuracy for each size."""
+        """Return a table of the mean accuracy for each size."""
         cells = {
             column: {size: with_interval(x["mean"], x["interval"]) for size, x in figures.items()}
             for column, figures in columns.items()
@@ -89,17 +94,18 @@ class FewLabels(Measure):
 
 
 def few_label_splits(labels: Tensor, settings: FewLabels) -> dict[str, list[Tensor]]:
-    """Positions of few labelled training images; a function of the labels and the number of the draw only.
+    """Draw the positions of few labelled training images.
 
-    A class with fewer images than asked for contributes all of them; a share contributes at least one image per class.
-    A draw of a larger size contains the draw of a smaller one.
+    The draws depend only on the labels and the settings. A class with fewer images than requested contributes all its
+    images. A share contributes at least one image of each class. For each class, the images of a smaller size are among
+    the images of a larger size in the same draw.
 
     Args:
         labels: int64 ``[N]``.
         settings: sizes and number of draws.
 
     Returns:
-        For each size, such as "5 per class" or "1 %", int64 positions of each draw, ascending.
+        int64 positions of each draw, ascending, by size such as "5 per class" or "1 %".
     """
 
     def drawn(draw: int, amount: int, share: float) -> Tensor:

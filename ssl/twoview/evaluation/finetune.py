@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole network trained on labels, beside the same network trained from random initialization."""
+"""Fine-tuning of the whole network on labels, with the same network from random initialization as the baseline."""
 
 import copy
 import logging
@@ -31,16 +31,16 @@ class FineTuning:
 
     Args:
         label_share: share of the training labels that is used, in (0, 1]; the same images for every run.
-        epochs: passes over these images, at least 1.
-        least_steps: more passes where few labels would make fewer steps than this, since a network trained from random
-            initialization needs a minimum number of steps.
-        batch_size: images per step, at least 2.
-        learning_rates: learning rates to choose from.
-        holdout: share of the used labels on which the learning rate is chosen, in (0, 1).
+        epochs: number of epochs over these images, at least 1.
+        least_steps: smallest number of training steps, at least 0. The number of epochs is increased to reach it, since
+            a network trained from random initialization needs a minimum number of steps.
+        batch_size: number of images per step, at least 2.
+        learning_rates: learning rates to choose from, > 0.
+        holdout: share of the used labels on which the learning rate is chosen, in (0, 0.99].
         supervised: also train the same network from random initialization in the same way.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     label_share: float = 1.0
@@ -62,16 +62,16 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Supervised:
-    """How networks are trained on labels.
+    """Data and settings for training networks on labels.
 
     Args:
         images: labelled training and test images; test labels are not read here.
-        views: augmentation, of which the first view is used.
-        optimizer: optimizer settings; the learning rate is replaced.
-        schedule: ``(epoch, epochs) -> factor`` of the learning rate.
-        settings: epochs, learning rates and so on.
-        seed: seed of the classifier, the order of images, the views and the held-out split.
-        device: device to compute on.
+        views: augmentation; only the first view is used.
+        optimizer: optimizer settings; the learning rate is replaced by one of ``settings.learning_rates``.
+        schedule: function ``(epoch, epochs) -> factor``, by which the learning rate is multiplied.
+        settings: settings of fine-tuning.
+        seed: seed of the classifier, the order of the images, the views and the held-out split.
+        device: device of the computation.
     """
 
     images: ImageData
@@ -84,17 +84,18 @@ class Supervised:
 
 
 def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[str, Prediction]]:
-    """Fine-tune a network, and the same from random initialization for reference.
+    """Fine-tune a network, and for reference train the same network from random initialization.
 
     Args:
-        encoder: the network; not changed.
+        encoder: the network; it is not changed.
         how: data and settings.
 
     Returns:
-        ``results``, ``protocol`` and ``figures`` of the report, and the predictions for the test images.
+        ``results``, ``protocol`` and ``figures`` of the report; and the predictions for the test images by name of the
+        network, "finetune" or "supervised".
 
     Raises:
-        UserError: images without labels.
+        UserError: the images have no labels, or too few labels to hold any out.
     """
     (train, test), settings, classes = how.images.labelled, how.settings, len(how.images.classes)
     positions = torch.arange(len(train))
@@ -108,7 +109,7 @@ def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[st
     for name, network in networks.items():
         log.info("%s on %d labels", name, len(positions))
         predictions[name] = train_and_predict(network, positions, how)
-    # The test labels are read from here on.
+    # From here on, test labels are read.
     resamples = EvaluationSettings().bootstrap
     results = {
         name: {"finetune": score(prediction, test.labels, classes, resamples, how.seed)}
@@ -123,13 +124,16 @@ def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[st
 def train_and_predict(encoder: Encoder, positions: Tensor, how: Supervised) -> Prediction:
     """Train a copy of a network with a linear classifier, and classify the test images.
 
-    The learning rate is chosen on a held-out part of the labels; then the network is trained on all of them. The
-    network of the last epoch is used.
+    The learning rate is chosen on a held-out part of the labels. Then the network is trained on all labels, and the
+    network of the last epoch classifies the test images.
 
     Args:
-        encoder: the network; not changed.
-        positions: int64, training images whose labels are used.
+        encoder: the network; it is not changed.
+        positions: int64 ``[M]``, positions of the training images whose labels are used.
         how: data and settings.
+
+    Returns:
+        The predictions, with the chosen learning rate and its accuracy on held-out labels.
     """
     (train, test), settings = how.images.labelled, how.settings
     parts = split_holdout(train.labels[positions], settings.holdout, how.seed, "finetune.holdout")
@@ -147,12 +151,12 @@ def train_and_predict(encoder: Encoder, positions: Tensor, how: Supervised) -> P
 
 
 def _train(encoder: Encoder, positions: Tensor, lr: float, how: Supervised) -> Encoder:
-    """An encoder whose features are class scores."""
+    """Return a trained encoder whose features are class scores."""
     (train, _), settings, device = how.images.labelled, how.settings, how.device
     bf16 = choose_precision("auto", encoder.network, device) == "bf16-mixed"
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed((how.seed, 1)))
-        # Loading an image draws from torch's generator: encoder.width instead would initialize another classifier.
+        # This call draws from torch's generator. With encoder.width, the classifier would be initialized otherwise.
         width = encoder.feature_matrix(train.subset(positions[:1])).shape[1]
         network = nn.Sequential(copy.deepcopy(encoder.network), nn.Linear(width, len(how.images.classes)))
         network.to(device).to(memory_format=torch.channels_last).train()

@@ -1,4 +1,4 @@
-"""Distribution of features without any label: alignment, uniformity, spectrum, and a diagnosis of collapse."""
+"""Measures of features that need no labels: alignment, uniformity, spectrum, and a diagnosis of collapse."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from twoview.evaluation.invariance import augmented_features, mean_similarity
 from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
 from twoview.evaluation.tables import Table, figures_table
 
-# Thresholds of the diagnosis: constant features and features of rank 1 and 3 fall below them, all runs in
-# docs/results.md lie far above.
+# Thresholds of the diagnosis. Constant features lie below the first threshold, features of rank 1 below the second, and
+# features of rank 3 below the third. All trained networks in docs/results.md lie far above.
 MIN_SPREAD = 0.01
 ONE_DIRECTION = 1.5
 FEW_DIRECTIONS = 3.5
@@ -26,10 +26,10 @@ class Geometry(Measure):
     """Alignment, uniformity, rank and spectrum of the features, and whether they have collapsed.
 
     Args:
-        shift_images: number of test images whose views' alignment is measured, at least 2.
+        shift_images: number of test images on which alignment is measured, at least 2.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     name = "geometry"
@@ -40,7 +40,7 @@ class Geometry(Measure):
         require_at_least("eval", 2, shift_images=self.shift_images)
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Figures:
-        """All figures; none needs a label."""
+        """Return the metrics of :func:`geometry_figures`, which need no labels."""
         pairs = None
         if inputs.encoder is not None:
             images = inputs.test_images.subset(fixed_sample(len(inputs.test_images), self.shift_images))
@@ -48,32 +48,36 @@ class Geometry(Measure):
         return geometry_figures(inputs.train.features, pairs)
 
     def table(self, columns: ByName, report: ByName) -> Table:
-        """Figures without the spectrum; the sentence of the diagnosis below."""
+        """Return a table of the metrics without the spectrum; the note is the sentence of the diagnosis."""
         words = next(iter(report["results"].values())).get(self.name, {}).get("words", "")
         hidden = ("spectrum", "words", "effective_rank_rows", "spread")
         return figures_table("Geometry", columns, f"{words}.", hidden)
 
 
 def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) -> Figures:
-    """Distribution of features.
+    """Compute metrics of the distribution of features.
 
     Args:
-        features: ``[N, F]``, N >= 2; means and spectrum are computed of at most 20,000 rows, similarities of 2,048.
-        pairs: features of two views of the same images, ``[M, F]`` each; None for no alignment.
+        features: fp32 ``[N, F]``, N >= 2. At most 20,000 rows are used; at most 2,048 rows for ``uniformity``,
+            ``feature_std`` and ``similarity``.
+        pairs: features of two views of the same images, fp32 ``[M, F]`` each; None if alignment is not measured.
 
     Returns:
-        * ``alignment`` and ``uniformity`` (Wang & Isola 2020), ``effective_rank`` (RankMe, of ``effective_rank_rows``
-          rows; compares runs of one method only), ``feature_std`` (SimSiam): see :mod:`twoview.metrics`;
-        * ``similarity``: mean cosine of different images;
-        * ``spread``: standard deviation of the features around their mean, divided by their root mean square length, in
-          [0, 1];
-        * ``spectrum``: shares of the variance in its principal directions, decreasing, at most 512 of them;
-          ``participation_ratio``: 1 / sum of their squares, the number of directions if all had equal variance;
-        * ``spectrum_decay``: exponent a of spectrum ~ rank^-a (alpha-ReQ, Agrawal et al. 2022, arXiv:2202.05808), by
-          least squares on logarithms weighted by 1 / rank (Stringer et al. 2019) over ranks 3 to half of those that are
-          not zero; None where there are fewer than 3;
-        * ``dead``: dimensions whose standard deviation is below a ten-thousandth of the mean; ``width``: F;
-        * ``diagnosis`` and ``words``: :func:`diagnose`.
+        * ``alignment`` and ``uniformity`` (Wang & Isola 2020), ``effective_rank`` (RankMe) and ``feature_std``
+          (SimSiam): see :mod:`twoview.metrics`. Effective ranks are comparable between runs of one method only;
+        * ``effective_rank_rows``: number of rows from which ``effective_rank`` is computed;
+        * ``similarity``: mean cosine similarity of different images, in [-1, 1];
+        * ``spread``: root mean square distance of the features from their mean, divided by their root mean square
+          length, in [0, 1];
+        * ``spectrum``: shares of the variance along the principal directions, decreasing, at most 512 values;
+        * ``participation_ratio``: 1 / sum(p_i^2) for the shares p_i of all principal directions. It is k if the
+          variance is distributed equally over k directions;
+        * ``spectrum_decay``: exponent a of the fit p_i ~ i^-a (alpha-ReQ, Agrawal et al. 2022, arXiv:2202.05808). The
+          fit is least squares of logarithms with weights 1 / i (Stringer et al. 2019). It begins at i = 3 and ends at
+          half the number of nonzero shares; None if this range has fewer than 3 values;
+        * ``dead``: number of dimensions whose standard deviation is at most 1e-4 of the mean standard deviation;
+        * ``width``: F;
+        * ``diagnosis`` and ``words``: see :func:`diagnose`.
     """
     rows = features[fixed_sample(len(features), 20_000)].double()
     centered = rows - rows.mean(0)
@@ -104,14 +108,20 @@ def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) ->
 
 
 def diagnose(figures: Figures) -> dict[str, str]:
-    """Diagnosis of collapse from :func:`geometry_figures`.
+    """Diagnose collapse from the metrics of :func:`geometry_figures`.
 
-    "collapsed": a spread below 0.01, or a participation ratio below 1.5; "partly collapsed": below 3.5, or more than
-    half of the dimensions dead; else "healthy". A low participation ratio counts only if the effective rank is below 8
-    or a quarter of the width: otherwise one direction has much more variance than many others.
+    * "collapsed": the spread is below 0.01, or the participation ratio is below 1.5;
+    * "partly collapsed": the participation ratio is below 3.5, or more than half of the dimensions are dead;
+    * "healthy": otherwise.
+
+    The participation ratio is ignored if the effective rank is at least max(8, width / 4). In that case one direction
+    has much more variance than many others, which is not a collapse.
+
+    Args:
+        figures: the metrics, without ``diagnosis`` and ``words``.
 
     Returns:
-        ``diagnosis`` and a sentence, ``words``.
+        ``diagnosis``, and ``words``, one sentence that explains it.
     """
     spread, directions, dead, width = (figures[k] for k in ("spread", "participation_ratio", "dead", "width"))
     low = figures["effective_rank"] < max(8, width / 4)
@@ -132,5 +142,5 @@ def _decay(shares: np.ndarray) -> float | None:
     ranks = np.arange(3, last + 1)
     if len(ranks) < 3:
         return None
-    # polyfit takes the weights of residuals, not of their squares.
+    # polyfit multiplies residuals by w before squaring: the square root of the weight 1 / rank.
     return -float(np.polyfit(np.log(ranks), np.log(shares[ranks - 1]), 1, w=ranks**-0.5)[0])

@@ -1,4 +1,4 @@
-"""Test images that are training images too: their accuracy measures memory, not generalization."""
+"""Test images that are also training images: accuracy on these images measures memorization, not generalization."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from twoview.evaluation.tables import Table, percent
 from twoview.metrics import knn_neighbors
 
 SIDE = 32  # pixels per side at which images are compared
-# docs/evaluation.md states how many re-encoded images, and how many other images, lie within these bounds.
+# Conditions of near duplicates, see shared_images. docs/evaluation.md states how many re-encoded images are found, and
+# how many other images are reported.
 MAX_DIFFERENCE = 18.0
 CERTAIN = 8.0
 RATIO = 3.0
@@ -25,9 +26,13 @@ CANDIDATES = 5
 
 
 class Shared(NamedTuple):
-    """Positions of a test image and of the training image that is the same.
+    """A test image that is also a training image.
 
-    ``exact`` if all pixels are equal; ``difference`` is their root mean square difference in gray levels of 255.
+    Attributes:
+        test: position of the test image.
+        train: position of the training image.
+        exact: whether all pixels are equal.
+        difference: root mean square difference of the pixels of both thumbnails, in gray levels from 0 to 255.
     """
 
     test: int
@@ -37,7 +42,12 @@ class Shared(NamedTuple):
 
 
 class SharedImages(NamedTuple):
-    """Shared images by split ("train", and "pretrain" if that is another), and the predictions of all probes."""
+    """Shared images and predictions.
+
+    Attributes:
+        shared: shared images by split: "train", and "pretrain" if the pretraining images are other images.
+        predictions: predictions of all probes, by name of the probe.
+    """
 
     shared: Mapping[str, list[Shared]]
     predictions: Mapping[str, Prediction]
@@ -45,13 +55,13 @@ class SharedImages(NamedTuple):
 
 @dataclass(frozen=True)
 class Integrity(Measure):
-    """Test images that equal training images exactly or nearly, and the accuracies without them."""
+    """Exact and near duplicates of training images among the test images, and accuracies without these test images."""
 
     name = "integrity"
     uses_thumbnails = True
 
     def applies(self, inputs: Inputs) -> bool:
-        """Only to the trained network."""
+        """Return True for the trained network only."""
         return inputs.name == "trained"
 
     def choose(self, inputs: Inputs, earlier: ByName) -> SharedImages:
@@ -63,7 +73,7 @@ class Integrity(Measure):
         return SharedImages(shared, {name: p for name, p in earlier.items() if isinstance(p, Prediction)})
 
     def score(self, chosen: SharedImages, inputs: Inputs, labels: Tensor) -> Figures:
-        """Counts of shared images, and accuracies on the other test images."""
+        """Return the numbers of shared images, and the accuracies on the other test images."""
         clean = torch.ones(len(labels), dtype=torch.bool)
         for pairs in chosen.shared.values():
             clean[[pair.test for pair in pairs]] = False
@@ -78,7 +88,7 @@ class Integrity(Measure):
         return {"shared": counts, "test_images_left": int(clean.sum()), "top1_without_shared": without}
 
     def table(self, columns: ByName, report: ByName) -> Table:
-        """Counts, and accuracies with and without shared images."""
+        """Return a table of the numbers of shared images, and of the accuracies with and without shared images."""
         (found,) = columns.values()
         rows = [
             [f"test images that are in {split} too", f"{count['exact']} equal, {count['near']} nearly"]
@@ -92,7 +102,7 @@ class Integrity(Measure):
 
 
 def thumbnails(images: Images) -> Thumbnails:
-    """All images at 32 pixels per side or less, and their hashes, in one pass."""
+    """Return all images at 32 pixels per side or less, and the hashes of the original images."""
     side, small, hashes = min(images.size, SIDE), [], list[bytes]()
     for batch in in_order(images):
         pixels = batch.pixels.cpu()
@@ -102,21 +112,29 @@ def thumbnails(images: Images) -> Thumbnails:
 
 
 def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, Tensor] | None = None) -> list[Shared]:
-    """Test images that are training images too, exactly or re-encoded, each with the nearest training image.
+    """Find exact and near duplicates of training images among the test images.
 
-    Equal hashes are exact matches. Otherwise the five training images most similar in 8x8 pixels, and the five most
-    similar in features, are compared pixel by pixel, in gray if they have three channels. A near match has a
-    correlation above 0.85 and a root mean square difference below 18 of 255. The difference must also be below 8, or
-    below a third of that of the least similar of the first five: where all images are alike, such as digits, the
-    nearest image is not much nearer than the next ones. Mirrored or cropped copies are not searched for.
+    A test image whose hash equals the hash of a training image is an exact duplicate. Any other test image is compared
+    with up to ten candidates: the five training images with the most similar 8x8 pixels, and the five training images
+    with the most similar features. Thumbnails with three channels are compared in gray. The test image is a near
+    duplicate of the candidate with the smallest root mean square (RMS) difference if all of these conditions hold:
+
+    * the correlation of the pixels is above 0.85;
+    * the RMS difference is below 18 gray levels (of 255);
+    * the RMS difference is below 8 gray levels, or below a third of the largest RMS difference among the first five
+      candidates. In data sets where all images are alike, such as digits, the nearest image is not much nearer than the
+      others, and this condition fails.
+
+    Mirrored and cropped copies are not found.
 
     Args:
         train: thumbnails of N training images.
         test: thumbnails of T test images.
-        features: ``[N, F]`` and ``[T, F]``; None to compare pixels only.
+        features: fp32 ``[N, F]`` of the training images and ``[T, F]`` of the test images; None to select candidates by
+            pixels only.
 
     Returns:
-        In the order of the test images.
+        One entry for each test image that is a duplicate, in the order of the test images.
     """
     first = {digest: position for position, digest in reversed(list(enumerate(train.hashes)))}
     candidates = knn_neighbors(_coarse(train.pixels), _coarse(test.pixels), CANDIDATES)[1]

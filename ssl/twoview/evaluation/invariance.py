@@ -22,7 +22,7 @@ IDENTITY: Mapping[str, Any] = {
     "jitter": (0, 0, 0, 0),
     **dict.fromkeys(("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p"), 0.0),
 }
-# Strengths from weak to strong; operations that are either applied or not have one.
+# Strengths from weak to strong, and the recipe for a strength. Operations without a degree have one strength.
 SHIFTS: Mapping[str, tuple[Sequence[float], Callable[[float], dict[str, Any]]]] = {
     "crop to area": ((0.75, 0.5, 0.25), lambda x: {"crop_scale": (x, x)}),
     "mirror": ((1.0,), lambda x: {"flip_p": x}),
@@ -39,13 +39,13 @@ NEED_COLOR = ("saturation", "hue", "grayscale")
 
 @dataclass(frozen=True)
 class Invariance(Measure):
-    """How much each operation of the augmentation, at up to three strengths, changes an image's features and class.
+    """Change of features and predicted classes by each operation of the augmentation, at up to three strengths.
 
     Args:
         shift_images: number of test images that are augmented, at least 2.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     name = "invariance"
@@ -56,11 +56,11 @@ class Invariance(Measure):
         require_at_least("eval", 2, shift_images=self.shift_images)
 
     def applies(self, inputs: Inputs) -> bool:
-        """Only to networks."""
+        """Return True for networks, False for raw pixels."""
         return inputs.encoder is not None
 
     def choose(self, inputs: Inputs, earlier: ByName) -> list[Figures]:
-        """Effect of no operation and of each one: mean cosine of images with themselves, and predicted classes."""
+        """Return the effect of no operation, then of each operation: mean cosine to the original, predicted classes."""
         images = inputs.test_images.subset(self._positions(inputs))
         classify = next((c for p in earlier.values() if (c := getattr(p, "classify", None)) is not None), None)
 
@@ -83,10 +83,15 @@ class Invariance(Measure):
         return effects
 
     def score(self, chosen: list[Figures], inputs: Inputs, labels: Tensor) -> Figures:
-        """``different_images``, the mean cosine of different images; ``accuracy`` without operation; and ``shifts``.
+        """Compute the accuracy of the first linear probe after each operation.
 
-        Each shift has ``operation``, ``strength``, ``cosine``, ``accuracy``, and ``invariance``, the cosine rescaled so
-        that 0 is that of different images and 1 no change.
+        Returns:
+            * ``different_images``: mean cosine similarity of different images;
+            * ``accuracy``: accuracy without any operation; None without a linear probe;
+            * ``shifts``: for each operation and strength, ``operation``, ``strength``, ``cosine`` (mean cosine
+              similarity of an image before and after the operation), ``accuracy`` and ``invariance``. Invariance is
+              (cosine - different_images) / (1 - different_images): 1 if the features do not change, 0 if the features
+              before and after the operation are as different as the features of different images.
         """
         labels = labels[self._positions(inputs)]
         none, *shifts = [dict(effect) for effect in chosen]
@@ -96,7 +101,7 @@ class Invariance(Measure):
         return {"different_images": none["different_images"], "accuracy": none["accuracy"], "shifts": shifts}
 
     def table(self, columns: ByName, report: ByName) -> Table:
-        """Invariance and accuracy for each operation."""
+        """Return a table of invariance and accuracy for each operation."""
         header = ["operation", *(f"{name}: {what}" for name in columns for what in ("invariance", "accuracy"))]
         rows = [["none", *(cell for found in columns.values() for cell in ("1", percent(found["accuracy"])))]]
         for place, shift in enumerate(next(iter(columns.values()))["shifts"]):
@@ -111,20 +116,20 @@ class Invariance(Measure):
 
 
 def augmented_features(inputs: Inputs, images: Images, views: TwoViews, count: int = 2) -> list[Tensor]:
-    """Features of two views of each image, or of the first only.
+    """Compute the features of augmented views of each image.
 
     Args:
         inputs: network, device, batch size and seed.
         images: N images.
         views: the augmentation.
-        count: 2, or 1.
+        count: number of views per image, 1 or 2.
 
     Returns:
         fp32 ``[N, F]`` for each view.
     """
     assert inputs.encoder is not None
     views.to(inputs.device)
-    # Probes see the central square of the stored image.
+    # Crop the central square of each stored image, as the preprocessing for the probes does.
     parts, side = [], min(views.image_size, images.size)
     top = (images.size - side) // 2
     for index, batch in enumerate(in_order(images, inputs.batch_size)):
@@ -135,6 +140,6 @@ def augmented_features(inputs: Inputs, images: Images, views: TwoViews, count: i
 
 
 def mean_similarity(features: Tensor) -> float:
-    """Mean cosine of all pairs of different rows, in [-1, 1]; features ``[N, F]``, N >= 2."""
+    """Return the mean cosine similarity, in [-1, 1], of all pairs of different rows of ``[N, F]``, N >= 2."""
     total = l2_normalize(features).double().sum(0)
     return float((total @ total - len(features)) / (len(features) * (len(features) - 1)))

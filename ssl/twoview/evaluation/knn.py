@@ -14,17 +14,17 @@ from twoview.metrics import knn_neighbors, knn_vote
 
 @dataclass(frozen=True)
 class KNN(Measure):
-    """Weighted vote of the k nearest training images by cosine; k and temperature are chosen on held-out labels.
+    """Weighted vote of the k most similar training images; k and temperature are chosen on held-out labels.
 
-    Wu et al. 2018, arXiv:1805.01978, section 3.4.
+    Source: Wu et al. 2018, arXiv:1805.01978, section 3.4.
 
     Args:
-        k: numbers of neighbors to choose from.
-        temperature: temperatures of the weights exp(cosine / temperature) to choose from.
-        class_weights: "balanced" gives all classes equal weight in the choice, "none" all images.
+        k: numbers of neighbors to choose from, > 0.
+        temperature: temperatures to choose from, > 0; the weight of a vote is exp(cosine similarity / temperature).
+        class_weights: "balanced" gives all classes equal weight in the choice, "none" gives all images equal weight.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     name = "knn"

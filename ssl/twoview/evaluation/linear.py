@@ -19,17 +19,18 @@ from twoview.evaluation.tables import Table, percent
 class Linear(Measure):
     """Logistic regression on frozen features; the L2 penalty is chosen on held-out training labels.
 
-    Kornblith et al. 2019, arXiv:1805.08974, section 3.
+    Source: Kornblith et al. 2019, arXiv:1805.08974, section 3.
 
     Args:
-        l2: penalties to choose from, relative to the mean cross-entropy.
-        max_iterations: largest number of iterations of L-BFGS; the report says whether it converged.
+        l2: L2 penalties to choose from, > 0, relative to the mean cross-entropy.
+        max_iterations: largest number of iterations of L-BFGS. The report states whether L-BFGS converged.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
-        class_weights: "balanced" gives all classes equal weight in the fit and in the choice, "none" all images.
-        batch_norm: scale each feature by its own standard deviation; False uses one scale for all.
+        class_weights: "balanced" gives all classes equal weight in the fit and in the choice, "none" gives all images
+            equal weight.
+        batch_norm: divide each feature by its own standard deviation; False divides all features by one number.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -67,7 +68,7 @@ class Linear(Measure):
         return probe.linear_prediction(probes[0], inputs.test, chosen)
 
     def table(self, columns: ByName, report: ByName) -> Table | None:
-        """Accuracy for each class, of the trained network."""
+        """Return a table of the accuracy for each class, for the trained network only."""
         if not self.batch_norm:
             return None
         shares = next(iter(columns.values()))["per_class"]

@@ -1,4 +1,4 @@
-"""Linear classification as in the papers, by SGD on augmented images."""
+"""Linear classification by SGD on augmented images, as in the papers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ from twoview.schedules import cosine_ramp
 
 @dataclass(frozen=True)
 class LinearSGD(Measure):
-    """Linear classifier trained by SGD on features of randomly cropped and flipped images, the backbone frozen.
+    """Linear classifier trained by SGD on frozen features of randomly cropped and flipped images.
 
-    MoCo (arXiv:1911.05722, section 4.1) and SimCLR (arXiv:2002.05709, appendix B.5): momentum 0.9, no weight decay;
-    here with a cosine schedule. All learning rates are trained together, once without the held-out images, on which the
-    learning rate is chosen, and once with all training images.
+    Sources: MoCo (arXiv:1911.05722, section 4.1) and SimCLR (arXiv:2002.05709, appendix B.5). Momentum is 0.9, there is
+    no weight decay, and the learning rate follows a half cosine. Two classifiers are trained for each learning rate:
+    one without the held-out images, to choose the learning rate, and one on all training images. All classifiers are
+    trained in the same pass over the images.
 
     Args:
-        sgd_lr: learning rates for a batch of 256 images, to choose from.
-        sgd_epochs: passes over the training images.
-        sgd_batch_size: images per step.
+        sgd_lr: learning rates to choose from, for a batch of 256 images, > 0.
+        sgd_epochs: number of epochs over the training images, at least 1.
+        sgd_batch_size: number of images per step, at least 1.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     name = "linear_sgd"
@@ -47,7 +48,7 @@ class LinearSGD(Measure):
         require_at_least("eval", 1, sgd_epochs=self.sgd_epochs, sgd_batch_size=self.sgd_batch_size)
 
     def applies(self, inputs: Inputs) -> bool:
-        """Only to networks."""
+        """Return True for networks, False for raw pixels."""
         return inputs.encoder is not None
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
@@ -60,7 +61,7 @@ class LinearSGD(Measure):
         is_fitted[fitted] = True
         weights = torch.zeros(2 * len(rates), train.features.shape[1], classes, requires_grad=True)
         intercepts = torch.zeros(2 * len(rates), 1, classes, requires_grad=True)
-        # Each learning rate multiplies the loss of its classifier, which is the same with SGD: one optimizer for all.
+        # One optimizer with learning rate 1: with SGD, to scale a loss is equivalent to scaling the learning rate.
         optimizer = torch.optim.SGD([weights, intercepts], lr=1.0, momentum=0.9)
         crops = {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip_p": 0.5}
         views = inputs.views.with_recipe(**{**IDENTITY, **crops}).to(inputs.device)
@@ -87,17 +88,17 @@ class LinearSGD(Measure):
 def shuffled(
     images: Images, positions: Tensor, size: int, epochs: int, seed: int
 ) -> Iterator[tuple[Batch, float, tuple[int, int]]]:
-    """Batches in an order determined by (seed, epoch).
+    """Yield shuffled batches of all epochs; seed and epoch determine the order.
 
     Args:
-        images: N images.
-        positions: int64, which images are taken.
-        size: images per batch; an incomplete last batch is dropped unless it is the only one.
-        epochs: passes over the images.
+        images: images of one split.
+        positions: int64 ``[M]``, positions of the images to use.
+        size: number of images per batch. An incomplete last batch is dropped unless it is the only batch.
+        epochs: number of epochs.
         seed: seed of the order.
 
     Yields:
-        The batch, the completed share of the training before it, and a key for its random draws.
+        The batch; the share of the training that is completed before it, in [0, 1); and a key for its random draws.
     """
     steps = max(1, len(positions) // size)
     for epoch in range(epochs):

@@ -1,4 +1,4 @@
-"""Logistic regression on features for a grid of penalties at once."""
+"""Logistic regression on features, for a grid of penalties at once."""
 
 import logging
 from collections.abc import Sequence
@@ -10,11 +10,20 @@ from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
-MIN_VARIANCE = 1e-7  # of a principal direction, relative to the largest
+MIN_VARIANCE = 1e-7  # smallest variance of a principal direction, relative to the largest one
 
 
 def feature_scale(features: Tensor, per_feature: bool = True) -> Tensor:
-    """fp32 ``[F]`` standard deviation of each feature, or one for all features; 1 where it is 0."""
+    """Compute the scale by which features are divided.
+
+    Args:
+        features: fp32 ``[N, F]``.
+        per_feature: True for one standard deviation per feature; False for one number for all features, which is the
+            root mean square of these standard deviations.
+
+    Returns:
+        fp32 ``[F]``, > 0; 1 where the standard deviation is 0.
+    """
     mean, deviation = features.mean(0), features.std(0, correction=0)
     deviation = deviation.where(deviation > 1e-6 * mean.abs(), 0.0)  # constant up to rounding
     deviation = deviation if per_feature else deviation.square().mean().sqrt().expand_as(deviation)
@@ -31,25 +40,27 @@ def fit_linear(
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, bool]:
-    """Multinomial logistic regressions on scaled features, one for each penalty, fitted together by L-BFGS.
+    """Fit one multinomial logistic regression on scaled features for each penalty, all together by L-BFGS.
 
-    Each minimizes mean cross-entropy + ``l2 / 2`` times the squared norm of the weights; the intercept is not
-    penalized. The problem is convex. It is solved in the subspace that the features span, in coordinates in which its
-    Hessian at zero weights is nearly the identity, which needs tens of iterations instead of hundreds.
+    Each regression minimizes the mean cross-entropy plus ``l2 / 2`` times the squared norm of its weights. The
+    intercept is not penalized. The problem is convex. It is solved in the subspace that the features span, in
+    coordinates in which the Hessian at zero weights is nearly the identity. L-BFGS then needs tens of iterations
+    instead of hundreds. A warning is logged if L-BFGS does not converge.
 
     Args:
         features: fp32 ``[N, F]``.
-        labels: int64 ``[N]``, C classes numbered from 0.
-        l2: P penalties.
-        max_iterations: largest number of iterations of L-BFGS.
-        classes: C; 0 derives it from the labels.
-        scale: fp32 ``[F]``, divisor of the features before weights are penalized; None for their standard deviations,
-            which is a BatchNorm without parameters.
-        class_weights: fp32 ``[C]``, weight of the cross-entropy of each class; None for 1.
+        labels: int64 ``[N]``, classes in [0, C).
+        l2: penalties of the P regressions, > 0.
+        max_iterations: largest number of iterations of L-BFGS, at least 1.
+        classes: number of classes C; 0 for the largest label plus 1.
+        scale: fp32 ``[F]``, numbers by which the features are divided before the fit, > 0. None for the standard
+            deviations of the features, which is equivalent to a BatchNorm without parameters.
+        class_weights: fp32 ``[C]``, factor of the cross-entropy of each class; None for 1.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
 
     Returns:
-        fp32 ``[P, F + 1, C]``, weights for unscaled features with the intercept last; whether L-BFGS converged.
+        The weights for unscaled features, fp32 ``[P, F + 1, C]``, with the intercept in the last row; and whether
+        L-BFGS converged.
     """
     n = len(features)
     classes = classes or int(labels.max()) + 1
@@ -71,7 +82,7 @@ def fit_linear(
         optimizer.zero_grad()
         total: Tensor = (0.5 * penalties[:, None, None] * (unit * weights).square()).sum()
         total.backward()
-        # One product for all penalties; its gradient is summed over blocks of rows before it is propagated further.
+        # One matrix for all penalties. Its gradient is summed over blocks of rows, then propagated to the weights once.
         joined = (unit * weights).transpose(0, 1).flatten(1)
         matrix = joined.detach().requires_grad_()
         for x, y in zip(rotated.split(rows), labels.split(rows), strict=True):
@@ -95,7 +106,7 @@ def fit_linear(
 
 
 def _principal_directions(standard: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances fp32 ``[R]`` and directions ``[F, R]`` of centered features ``[N, F]`` that lie above rounding."""
+    """Return the variances ``[R]`` and principal directions ``[F, R]`` of centered features, without rounding noise."""
     n, width = standard.shape
     # In float64: with many constant features, LAPACK's fp32 routine may find no eigenvectors.
     small = (standard.T @ standard if n >= width else standard @ standard.T).double() / n

@@ -1,4 +1,4 @@
-"""Interface of a measure of features: choose without test labels, then score with them."""
+"""Interface of a measure of features: choose without test labels, then score with test labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from twoview.data import Images
 from twoview.encoder import Encoder
 from twoview.evaluation.tables import Table
 
-Figures = dict[str, Any]  # plain values by name, as in a report
+Figures = dict[str, Any]  # metrics by name, plain values as in a report
 ByName = Mapping[str, Any]
 
 
@@ -23,7 +23,7 @@ class Labelled(NamedTuple):
     labels: Tensor
 
     def at(self, positions: Tensor) -> "Labelled":
-        """The rows at some positions."""
+        """Return the rows at the given positions, int64 ``[M]``."""
         return Labelled(self.features[positions], self.labels[positions])
 
 
@@ -36,7 +36,7 @@ class Thumbnails(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that a measure may use before the test labels are read. Contains no test label.
+    """Everything that a measure may use before the test labels are read; it contains no test labels.
 
     Attributes:
         name: "trained", "random initialization" or "raw pixels".
@@ -45,15 +45,16 @@ class Inputs:
         test: fp32 ``[T, F]`` features of the test images.
         train_images: the training images.
         test_images: the test images; all of their labels are -1.
-        pretrain_images: the images of pretraining, where they are others than ``train_images``.
-        views: augmentation whose alignment is measured.
-        thumbnails: small copies of the images by split, "train" and "test"; empty if no measure needs them.
-        classes: number C of classes.
-        holdout: share of the training labels on which every choice is made.
-        bootstrap: resamples of the test images for intervals.
+        pretrain_images: the pretraining images; None if they are the same as ``train_images``.
+        views: augmentation for which alignment is measured.
+        thumbnails: small copies of the images of each split, "train" and "test"; empty if no measure needs thumbnails
+            and there are no baselines.
+        classes: number of classes C.
+        holdout: share of the training labels on which every choice is made, in (0, 1).
+        bootstrap: number of bootstrap resamples of the test images for intervals.
         seed: seed of all random draws.
-        device: device that networks are computed on.
-        batch_size: images at a time.
+        device: device of the network.
+        batch_size: number of images per forward pass.
     """
 
     name: str
@@ -74,53 +75,69 @@ class Inputs:
 
 
 class Measure:
-    """Base class of measures, which are frozen dataclasses of their own knobs.
+    """Base class of measures. A measure is a frozen dataclass whose fields are its knobs.
 
-    :meth:`choose` does all that needs no test label: hyperparameters, predictions, features of augmented images.
-    :meth:`score` compares its result with the test labels and chooses nothing. A measure whose ``choose`` returns a
-    :class:`twoview.evaluation.probe.Prediction` needs no ``score``: it is scored by its accuracy.
+    :meth:`choose` computes everything that needs no test labels: hyperparameters, predictions, features of augmented
+    images. :meth:`score` compares the result of ``choose`` with the test labels and chooses nothing. A measure whose
+    ``choose`` returns a :class:`twoview.evaluation.probe.Prediction` needs no ``score``: its accuracy is computed by
+    :func:`twoview.evaluation.probe.score`.
     """
 
     uses_thumbnails = False  # whether choose() needs Inputs.thumbnails
 
     @property
     def name(self) -> str:
-        """Name in ``eval.parts`` and in reports."""
+        """Name of the measure in ``eval.parts`` and in reports."""
         raise NotImplementedError
 
     @property
     def probe_title(self) -> str:
-        """Row title in the table of accuracies, of measures that predict classes; empty for others."""
+        """Row title in the table of accuracies; empty for measures that do not predict classes."""
         return ""
 
     def applies(self, inputs: Inputs) -> bool:
-        """Whether this can be measured of a network or baseline."""
+        """Return whether the measure is defined for a network or baseline; by default it is.
+
+        Args:
+            inputs: features and images of the network or baseline.
+        """
         return True
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Any:
-        """Everything that needs no test label.
+        """Compute everything that needs no test labels; by default nothing.
 
         Args:
             inputs: features and images.
-            earlier: results of this method of the measures before, by name.
+            earlier: results of ``choose`` of the measures taken before this one, by name of the measure.
+
+        Returns:
+            The argument ``chosen`` of :meth:`score`, or a :class:`twoview.evaluation.probe.Prediction`.
         """
         return None
 
     def score(self, chosen: Any, inputs: Inputs, labels: Tensor) -> Figures:
-        """Figures for the report; by default those that :meth:`choose` has returned, for measures without labels.
+        """Compute the metrics for the report; by default, the result of :meth:`choose` is returned as a dictionary.
+
+        The default is for measures that need no labels.
 
         Args:
             chosen: result of :meth:`choose`.
             inputs: features and images.
-            labels: int64 ``[T]`` of the test images.
+            labels: int64 ``[T]``, labels of the test images.
+
+        Returns:
+            Metrics by name. A metric is a plain value, a list or a dictionary, and None if it is not defined.
         """
         return dict(chosen)
 
     def table(self, columns: ByName, report: ByName) -> Table | None:
-        """Table of the figures, or None.
+        """Return a table of the metrics; by default, there is no table.
 
         Args:
-            columns: figures of this measure for each network, by its name.
+            columns: result of :meth:`score` by name of the network or baseline, as in the report.
             report: the whole report.
+
+        Returns:
+            The table, or None for no table.
         """
         return None

@@ -14,10 +14,10 @@ class Prediction(NamedTuple):
     """Predictions of a probe for the test images, made before their labels are read.
 
     Attributes:
-        classes: int64 ``[T]``.
+        classes: int64 ``[T]``, predicted classes.
         chosen: chosen hyperparameters, and "val_top1", their accuracy on held-out training labels.
-        probabilities: fp32 ``[T, C]`` of linear probes.
-        classify: ``[N, F] -> int64 [N]`` of linear probes, for any features.
+        probabilities: fp32 ``[T, C]``, predicted probabilities; None for probes without probabilities.
+        classify: function that maps features fp32 ``[N, F]`` to classes int64 ``[N]``; None except for linear probes.
     """
 
     classes: Tensor
@@ -31,16 +31,21 @@ def score(prediction: Prediction, labels: Tensor, classes: int, resamples: int, 
 
     Args:
         prediction: predictions for T images.
-        labels: int64 ``[T]``.
+        labels: int64 ``[T]``, labels of the test images.
         classes: number of classes.
         resamples: number of resamples of the bootstrap.
         seed: seed of the bootstrap.
 
     Returns:
-        What was chosen, and: ``test_top1`` in [0, 1] with ``interval``, its 95 % percentile interval over resampled
-        test images; ``per_class``, the accuracy for each class (None for a class without test images), and
-        ``balanced_accuracy``, their mean; for probes with probabilities ``calibration_error``, the mean distance
-        between confidence and accuracy over 15 bins of confidence (Guo et al. 2017, arXiv:1706.04599).
+        The entries of ``prediction.chosen``, and:
+
+        * ``test_top1``: accuracy, in [0, 1];
+        * ``interval``: 95 % percentile bootstrap interval of the accuracy over the test images;
+        * ``per_class``: accuracy for each class, None for a class without test images;
+        * ``balanced_accuracy``: mean of ``per_class``, in [0, 1];
+        * ``calibration_error``, for predictions with probabilities: expected calibration error, the mean absolute
+          difference between confidence and accuracy over 15 bins of confidence, weighted by the number of images (Guo
+          et al. 2017, arXiv:1706.04599).
     """
     correct = prediction.classes == labels
     counts = labels.bincount(minlength=classes)
@@ -60,20 +65,32 @@ def score(prediction: Prediction, labels: Tensor, classes: int, resamples: int, 
 
 
 def confusion(prediction: Prediction, labels: Tensor, classes: int) -> np.ndarray:
-    """int64 ``[C, C]``: number of images of each class (row) that were predicted as each class (column)."""
+    """Compute the confusion matrix.
+
+    Args:
+        prediction: predictions for T images.
+        labels: int64 ``[T]``.
+        classes: number of classes C.
+
+    Returns:
+        int64 ``[C, C]``, number of images for each class (row) and predicted class (column).
+    """
     table: np.ndarray = (labels * classes + prediction.classes).bincount(minlength=classes**2).numpy()
     return table.reshape(classes, classes)
 
 
 def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
-    """95 % percentile interval of a mean, by resampling its values.
+    """Compute the 95 % percentile bootstrap interval of a mean.
 
-    Efron 1979, doi:10.1214/aos/1176344552.
+    Source: Efron 1979, doi:10.1214/aos/1176344552.
 
     Args:
-        values: ``[T]``, such as whether each image was classified correctly.
+        values: float64 ``[T]``, values whose mean is taken, such as 1 for a correct and 0 for a wrong prediction.
         resamples: number of resamples.
         seed: seed of the resamples.
+
+    Returns:
+        Lower and upper end of the interval; both are the value itself if T is 1.
     """
     if len(values) < 2:
         return [float(values.mean())] * 2
@@ -83,7 +100,15 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[float]:
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of correct predictions."""
+    """Compute the share of correct predictions.
+
+    Args:
+        predicted: int64 ``[N]``, predicted classes.
+        labels: int64 ``[N]``, true classes.
+
+    Returns:
+        A number in [0, 1]; nan if N is 0.
+    """
     return float((predicted == labels).double().mean())
 
 
@@ -91,12 +116,13 @@ def choose_best(predicted: Sequence[Tensor], labels: Tensor, class_weights: str)
     """Choose hyperparameters by their predictions for held-out images.
 
     Args:
-        predicted: int64 ``[N]`` classes for each choice of hyperparameters, the preferred one of equals first.
-        labels: int64 ``[N]``.
-        class_weights: "none" to choose by accuracy, "balanced" by the mean over classes of their accuracies.
+        predicted: predicted classes int64 ``[N]`` for each candidate set of hyperparameters. Of equally good
+            candidates, the first is chosen.
+        labels: int64 ``[N]``, labels of the held-out images.
+        class_weights: "none" to choose by accuracy, "balanced" to choose by the mean of the accuracies of the classes.
 
     Returns:
-        Position of the best choice, and its accuracy.
+        Position of the chosen candidate in ``predicted``, and its accuracy in [0, 1].
     """
     groups = [labels == c for c in labels.unique()] if class_weights == "balanced" else [labels >= 0]
     scores = [np.mean([accuracy(guesses[group], labels[group]) for group in groups]) for guesses in predicted]
@@ -105,17 +131,23 @@ def choose_best(predicted: Sequence[Tensor], labels: Tensor, class_weights: str)
 
 
 def describe_choice(result: Mapping[str, Any]) -> str:
-    """The chosen hyperparameters in a few words."""
+    """Return a short text that lists the chosen hyperparameters of a result."""
     titles = {"l2": "L2", "lr": "learning rate", "k": "k", "temperature": "T"}
     return ", ".join(f"{title} {result[name]:g}" for name, title in titles.items() if name in result)
 
 
 def linear_prediction(probe: Tensor, test: Tensor, chosen: dict[str, Any]) -> Prediction:
-    """Prediction of a linear probe ``[F + 1, C]``, the intercept last, for features ``[T, F]``."""
+    """Classify test images by a linear probe.
+
+    Args:
+        probe: fp32 ``[F + 1, C]``, weights with the intercept in the last row.
+        test: fp32 ``[T, F]``, features of the test images.
+        chosen: see :class:`Prediction`.
+    """
     scores = linear_scores(probe, test)
     return Prediction(scores.argmax(1), chosen, scores.softmax(1), lambda x: linear_scores(probe, x).argmax(1))
 
 
 def linear_scores(probe: Tensor, features: Tensor) -> Tensor:
-    """Class scores ``[N, C]`` of a linear probe ``[F + 1, C]`` for features ``[N, F]``."""
+    """Compute the class scores ``[N, C]`` of a linear probe ``[F + 1, C]`` for features ``[N, F]``."""
     return features @ probe[:-1] + probe[-1]

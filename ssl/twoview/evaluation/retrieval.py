@@ -20,11 +20,11 @@ class Retrieval(Measure):
     """Each test image is a query for images of its class, ranked by cosine similarity.
 
     Args:
-        retrieval: "leave_one_out" searches among the other test images, "gallery" among the training images.
-        ranks: numbers K of results for recall@K and precision@K.
+        retrieval: "leave_one_out" searches among the other test images, "gallery" searches among the training images.
+        ranks: numbers K of results for recall@K and precision@K, > 0.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     name = "retrieval"
@@ -37,12 +37,12 @@ class Retrieval(Measure):
         require_positive("eval", ranks=self.ranks)
 
     def score(self, chosen: None, inputs: Inputs, labels: Tensor) -> Figures:
-        """See :func:`retrieval_figures`."""
+        """Return the metrics of :func:`retrieval_figures`."""
         gallery = inputs.train if self.retrieval == "gallery" else None
         return retrieval_figures(inputs.test, labels, gallery, self.ranks)
 
     def table(self, columns: ByName, report: ByName) -> Table:
-        """All figures."""
+        """Return a table of all metrics."""
         where = "training images" if report["protocol"].get("retrieval") == "gallery" else "the other test images"
         note = f"Each test image is a query for images of its class among {where}, by cosine similarity."
         return figures_table("Retrieval", columns, note)
@@ -55,22 +55,26 @@ def retrieval_figures(
     ranks: Sequence[int] = (1, 5, 10),
     chunk: int = 0,
 ) -> Figures:
-    """How well images of the same class are found by cosine similarity.
+    """Compute metrics of the retrieval of images of the same class by cosine similarity.
 
-    Among results of equal similarity, those of other classes are ranked first, so that features that do not distinguish
-    images gain nothing from the order of the files.
+    Of results with equal similarity, results of other classes are ranked first. Uninformative features therefore gain
+    nothing from the order of the files.
 
     Args:
-        queries: ``[N, F]``.
-        labels: int64 ``[N]``.
-        gallery: ``[M, F]`` and their labels; None searches among the other queries.
-        ranks: numbers of results for recall and precision.
-        chunk: queries at a time, which bounds memory to ``chunk * M`` similarities; 0 for four millions of them.
+        queries: fp32 ``[N, F]``, features of the queries.
+        labels: int64 ``[N]``, classes of the queries.
+        gallery: features fp32 ``[M, F]`` and classes int64 ``[M]`` of the images that are searched. None searches for
+            each query among the other queries, with M = N.
+        ranks: numbers K of results for recall and precision.
+        chunk: number of queries per step, which bounds memory to ``chunk * M`` similarities; 0 for about four million
+            similarities.
 
     Returns:
-        Means over queries with at least one relevant image: ``recall@K``, ``precision@K``, ``mean_reciprocal_rank``,
-        ``mean_average_precision`` of :mod:`twoview.metrics`, None if there is no such query; the number of ``queries``,
-        and of those ``left_out`` because no other image is of their class.
+        * ``recall@K``, ``precision@K``, ``mean_reciprocal_rank`` and ``mean_average_precision``: see
+          :mod:`twoview.metrics`. Each is a mean over the queries that have at least one relevant image; None if there
+          is no such query;
+        * ``queries``: number of queries that have at least one relevant image;
+        * ``left_out``: number of queries without any relevant image.
     """
     bank, bank_labels = gallery or (queries, labels)
     bank = l2_normalize(bank)
@@ -99,8 +103,8 @@ def retrieval_figures(
 
 
 def _ranked(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Relevance in the order of decreasing similarity, irrelevant results first among equals."""
-    # One sort of integers that hold both: the bits of a float in the order of its value, then the relevance.
+    """Return relevance in order of decreasing similarity; of equally similar results, irrelevant ones come first."""
+    # Sort integers whose upper bits are the similarity, in its order, and whose last bit is 1 for irrelevant results.
     bits = (similarity.float() + 0.0).numpy().view(np.int32).astype(np.int64)
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 1) | ~relevant.numpy()
     keys.sort(axis=1)

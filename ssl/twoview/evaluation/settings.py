@@ -1,4 +1,4 @@
-"""Which measures an evaluation takes, and the settings that they share."""
+"""Measures of an evaluation, and the settings that all measures share."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from twoview.evaluation.linear_sgd import LinearSGD
 from twoview.evaluation.measure import Measure
 from twoview.evaluation.retrieval import Retrieval
 
-# All measures in the order in which they are taken and reported. A new one is added here and nowhere else.
+# All measures in the order in which they are taken and reported. Add a new measure here; no other code changes.
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
@@ -37,18 +37,18 @@ MEASURES: dict[str, Measure] = {
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured of features, and how choices are made.
+    """Settings of an evaluation.
 
     Args:
-        measures: what is measured, each with its own knobs.
+        measures: measures to take, each with its own knobs.
         holdout: share of the training labels on which every choice is made, in (0, 1).
-        bootstrap: resamples of the test images for 95 % intervals, at least 100.
-        map: projection to two dimensions in the report, "pca" or "umap" (an extra).
+        bootstrap: number of bootstrap resamples of the test images for 95 % intervals, at least 100.
+        map: projection of the features to two dimensions in the report, "pca" or "umap" (needs the extra "umap").
         baselines: evaluate random initialization and raw pixels beside the trained network.
         cache: folder in which features are stored for the next evaluation; None to store nothing.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
 
     Example:
         >>> EvaluationSettings(measures=(KNN(k=(1, 5)),)).knobs()["k"]
@@ -72,14 +72,14 @@ class EvaluationSettings:
 
     @classmethod
     def from_knobs(cls, parts: Sequence[str] = ("linear", "knn", "geometry"), **knobs: Any) -> Self:
-        """Settings from one flat set of knobs, as on the command line.
+        """Create settings from one flat set of knobs, as on the command line.
 
         Args:
-            parts: names of measures, of :data:`MEASURES`.
-            knobs: fields of this class, and fields of the measures; a field that several measures have is set in all.
+            parts: names of the measures, which are the keys of :data:`MEASURES`.
+            knobs: fields of this class and of the measures. A field that several measures have is set in all of these.
 
         Raises:
-            UserError: an unknown measure or knob, or a value out of range.
+            UserError: a measure or a knob is unknown, or a value is out of range.
 
         Example:
             >>> EvaluationSettings.from_knobs(parts=["knn"], k=[5], holdout=0.1).measures[0].k
@@ -97,12 +97,17 @@ class EvaluationSettings:
         return cls(measures=tuple(replace(measure, **of(measure)) for measure in measures), **of(cls))
 
     def only(self, *names: str) -> Self:
-        """The settings with those measures among ``names`` that they have; with the first of ``names`` if none."""
+        """Return a copy that keeps only the measures in ``names``.
+
+        Args:
+            names: names of measures. If these settings have no measure in ``names``, the copy has the first measure in
+                ``names`` with default knobs.
+        """
         kept = tuple(measure for measure in self.measures if measure.name in names)
         return replace(self, measures=kept or (MEASURES[names[0]],))
 
     def knobs(self) -> dict[str, Any]:
-        """All settings as one flat mapping of plain values, as :meth:`from_knobs` takes."""
+        """Return all settings as one flat mapping of plain values, with the names that :meth:`from_knobs` takes."""
         flat = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "measures"}
         for measure in self.measures:
             flat |= asdict(measure)  # type: ignore[call-overload]

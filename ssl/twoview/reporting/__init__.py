@@ -1,1 +1,1 @@
-"""Reports: tables, figures, pages and files."""
+"""Reports: tables, plots, pages and files."""

@@ -1,4 +1,4 @@
-"""Figures of a report, each as PNG or SVG in a data URI, so that the page is one file."""
+"""Plots and images of a report, as PNG or SVG in data URIs, so that the page is one file."""
 
 import base64
 import csv
@@ -19,18 +19,18 @@ from torch import Tensor
 from twoview.augment import TwoViews
 from twoview.data import fit_size
 
-# Text stays text; the same figure gives the same file.
+# Text in SVG files stays text, and equal plots give equal files.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "twoview", "font.family": "sans-serif", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
 
 
 def views_grid(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.Image:
-    """Image with a row for each original, followed by pairs of its two views.
+    """Draw a grid with one row for each image: the image, then pairs of its two views.
 
     Args:
-        pixels: uint8 ``[N, C, S, S]``, S the size of the views.
+        pixels: uint8 ``[N, C, S, S]``, where S is the size of the views.
         views: the augmentation.
-        pairs: pairs of views in a row.
+        pairs: number of pairs of views in a row.
         seed: seed of the views.
     """
     columns = [pixels]
@@ -42,18 +42,18 @@ def views_grid(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.
 
 
 def as_image(pixels: Tensor) -> Image.Image:
-    """PIL image of uint8 ``[C, H, W]``; of other than three channels, the first in gray."""
+    """Convert uint8 ``[C, H, W]`` to an RGB image; unless C is 3, the first channel is shown in gray."""
     shown = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
     return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
 
 
 def png(image: Image.Image) -> str:
-    """A data URI."""
+    """Return an image as a PNG data URI."""
     return _data_uri("png", lambda file: image.save(file, "PNG", optimize=True))
 
 
 def thumbnail(pixels: Tensor) -> str:
-    """A data URI of uint8 ``[C, S, S]``, at most 96 pixels a side."""
+    """Return pixels uint8 ``[C, S, S]`` as a PNG data URI with at most 96 pixels per side."""
     return png(as_image(fit_size(pixels[None], min(pixels.shape[1], 96))[0]))
 
 
@@ -70,7 +70,7 @@ def _svg(figure: Figure) -> str:
 
 
 def curves(metrics: Path) -> str | None:
-    """Loss, its chance level, kNN accuracy and effective rank from ``metrics.csv`` of a run; None without that file."""
+    """Plot loss, chance level, kNN accuracy and effective rank from the ``metrics.csv`` of a run; None without file."""
     try:
         with metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -95,7 +95,7 @@ def curves(metrics: Path) -> str | None:
 
 
 def spectra(results: Mapping[str, Any], method: str) -> str | None:
-    """Shares of variance by rank for each network with a spectrum; None without any."""
+    """Plot the spectrum of each network in ``results`` that has one; None if no network has a spectrum."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         axes = figure.subplots()
@@ -111,7 +111,7 @@ def spectra(results: Mapping[str, Any], method: str) -> str | None:
 
 
 def confusion_matrix(table: np.ndarray, classes: Sequence[str]) -> str:
-    """Shares of the test images of each class, by predicted class."""
+    """Plot a confusion matrix ``[C, C]`` of counts, with each row divided by its sum."""
     shares = table / table.sum(1, keepdims=True).clip(min=1)
     side = min(9.0, 2.5 + 0.3 * len(classes))
     with mpl.rc_context(STYLE | {"axes.grid": False}):
@@ -133,12 +133,12 @@ def confusion_matrix(table: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: str, seed: int) -> str:
-    """Projection of features to two dimensions, colored by class.
+    """Plot a projection of features to two dimensions, colored by class.
 
     Args:
-        features: ``[N, F]``.
+        features: fp32 ``[N, F]``.
         labels: int64 ``[N]``.
-        classes: their names.
+        classes: names of the classes.
         kind: "pca" or "umap".
         seed: seed of the projection.
     """
@@ -169,7 +169,7 @@ def feature_map(features: Tensor, labels: Tensor, classes: Sequence[str], kind: 
 
 
 def _plain(name: str) -> str:
-    """A class name without characters that matplotlib interprets, at most 24 characters long."""
+    """Return a class name of at most 24 characters, without characters that matplotlib interprets."""
     text = "".join(c if c.isprintable() else "?" for c in name)
     text = f" {text}" if text.startswith("_") else text  # matplotlib's legends omit names with an underscore
     return (text if len(text) <= 24 else f"{text[:23]}…").replace("$", r"\$")

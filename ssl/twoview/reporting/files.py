@@ -1,4 +1,4 @@
-"""Files beside the report: predictions, confusion, splits, shared images."""
+"""Files beside the report: predictions, confusion matrix, few-label splits, shared images."""
 
 import json
 from collections.abc import Mapping
@@ -15,12 +15,15 @@ from twoview.files import write_atomically, write_csv
 
 
 def write_evidence(evidence: Evidence, images: ImageData, run_dir: Path) -> None:
-    """Write what the figures of a report were computed from, as far as it was measured.
+    """Write the data from which the metrics of a report were computed.
 
-    * ``predictions.safetensors``: int64 ``[T]`` of ``labels`` and of each probe of the trained network;
-    * ``confusion.csv``: of the linear probe, a row for each class, a column for each predicted class;
-    * ``few_labels.json``: for each size and draw the positions of training images whose labels were used;
-    * ``shared_images.csv``: test images that are training images too.
+    * ``predictions.safetensors``: int64 ``[T]`` ``labels``, and int64 ``[T]`` predictions of each probe of the trained
+      network;
+    * ``confusion.csv``: confusion matrix of the linear probe, one row per class, one column per predicted class;
+    * ``few_labels.json``: for each size and draw, the positions of the training images whose labels were used;
+    * ``shared_images.csv``: test images that are also training images.
+
+    A file is not written if the evaluation did not take its measure.
 
     Args:
         evidence: features and predictions of the evaluation.
@@ -42,7 +45,7 @@ def write_evidence(evidence: Evidence, images: ImageData, run_dir: Path) -> None
 
 
 def shared_rows(evidence: Evidence, images: ImageData) -> list[list[Any]]:
-    """For each shared image: test name, test position, split, name and position in it, exact, difference."""
+    """Return a row for each shared image: test name and position, split, name and position there, exact, difference."""
     train, test = images.labelled
     sources = {"train": train, "pretrain": images.pretrain}
     return [
@@ -53,6 +56,6 @@ def shared_rows(evidence: Evidence, images: ImageData) -> list[list[Any]]:
 
 
 def write_predictions(labels: Tensor, predicted: Mapping[str, Tensor], run_dir: Path) -> None:
-    """Write ``predictions.safetensors``."""
+    """Write int64 ``[T]`` labels and predictions to ``predictions.safetensors``."""
     tensors = {"labels": labels.contiguous(), **{name: classes.contiguous() for name, classes in predicted.items()}}
     write_atomically(run_dir / "predictions.safetensors", save(tensors))

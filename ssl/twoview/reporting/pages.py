@@ -1,4 +1,4 @@
-"""``report.md`` and ``report.html``: tables and figures of an evaluation, each in one self-contained file."""
+"""``report.md`` and ``report.html``: tables and plots of an evaluation, each page in one self-contained file."""
 
 import html
 import json
@@ -26,13 +26,13 @@ Report = Mapping[str, Any]
 MOST_CONFUSED = 10
 LISTED = 50
 MAPPED = 3000
-GALLERY = 6  # rows with a correct nearest neighbor, and as many without
+GALLERY = 6  # number of rows with a correct nearest neighbor, and of rows with a wrong nearest neighbor
 NEIGHBORS = 6
-MAX_CLASSES = 60  # of the figure of the confusion matrix
+MAX_CLASSES = 60  # the confusion matrix is plotted for at most this many classes
 
 
 class Figure(NamedTuple):
-    """``source`` is a data URI."""
+    """A plot or image of a report; ``source`` is a data URI."""
 
     title: str
     source: str
@@ -40,7 +40,7 @@ class Figure(NamedTuple):
 
 
 class Neighbor(NamedTuple):
-    """An image of the gallery: data URI, class, name, and whether its class is that of the query."""
+    """An image of the gallery: data URI, class, name, and whether its class is the class of the query."""
 
     source: str
     label: str
@@ -52,10 +52,10 @@ def write_pages(report: Report, evidence: Evidence, images: ImageData, views: Tw
     """Write ``report.md`` and ``report.html``.
 
     Args:
-        report: the content of ``report.json``.
+        report: content of ``report.json``.
         evidence: features and predictions that the report was computed from.
         images: the evaluated images.
-        views: augmentation, shown in a figure.
+        views: augmentation; examples of its views are shown.
         run_dir: target folder.
     """
     verdict = report["results"]["trained"].get("geometry")
@@ -70,7 +70,7 @@ def write_pages(report: Report, evidence: Evidence, images: ImageData, views: Tw
 
 
 def write_tables(title: str, shown: Sequence[Table], run_dir: Path) -> None:
-    """Write ``report.md`` and ``report.html`` of tables only."""
+    """Write ``report.md`` and ``report.html`` with tables only."""
     _render(title, {"tables": shown, "facts": [], "figures": [], "gallery": [], "verdict": None}, run_dir)
 
 
@@ -88,7 +88,7 @@ def _render(title: str, content: Mapping[str, Any], run_dir: Path) -> None:
 
 
 def _markdown_cell(text: str) -> str:
-    """Text escaped for a cell of a Markdown table."""
+    """Escape a text for a cell of a Markdown table."""
     return re.sub(r"([\\`*_\[\]|#$~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
@@ -159,7 +159,7 @@ def _figures(report: Report, evidence: Evidence, images: ImageData, views: TwoVi
 
 
 def _gallery(evidence: Evidence, images: ImageData) -> list[tuple[Neighbor, list[Neighbor]]]:
-    """Test images with their nearest training images: first queries whose nearest is of their class, then others."""
+    """Return test images with their nearest training images; images with a correct nearest neighbor come first."""
     train, test = images.labelled
     queries = fixed_sample(len(test), MAPPED)
     positions = knn_neighbors(evidence.train, evidence.test[queries], NEIGHBORS)[1]

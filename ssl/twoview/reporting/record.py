@@ -16,11 +16,11 @@ from twoview.devices import cpu_name
 from twoview.encoder import versions
 from twoview.files import write_atomically
 
-SCHEMA = 3  # of report.json; its keys are described in docs/evaluation.md
+SCHEMA = 3  # version of report.json, whose keys are described in docs/evaluation.md
 
 
 def begin(task: str, method: str, backbone: Mapping[str, Any], data: str, seed: int, run_dir: Path) -> dict[str, Any]:
-    """The first part of every report: what was done, with which command, commit, versions and hardware."""
+    """Return the entries common to all reports: task, method, data, seed, command, commit, versions and hardware."""
     return {
         "schema": SCHEMA,
         "task": task,
@@ -42,7 +42,7 @@ def begin(task: str, method: str, backbone: Mapping[str, Any], data: str, seed: 
 
 
 def write(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Write ``report.json`` with figures that are not finite as null, and return its content."""
+    """Write ``report.json``, with null for values that are not finite, and return its content."""
     text = json.dumps(_finite(report), indent=2, allow_nan=False)
     write_atomically(run_dir / "report.json", text + "\n")
     written: dict[str, Any] = json.loads(text)
@@ -58,7 +58,7 @@ def _finite(value: Any) -> Any:
 
 
 def _commit() -> str | None:
-    """Commit of the clone that this code is in, with a plus if it was changed; None if twoview is installed."""
+    """Return the commit of the clone that contains this code, with a plus for local changes; None without a clone."""
     here = Path(__file__).resolve().parents[1]
     if here.parent.name != "ssl":
         return None

@@ -1,4 +1,4 @@
-"""The tables of a report, and their display in a terminal."""
+"""Tables of a report, and their display in a terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,12 @@ from twoview.evaluation.tables import Table, percent, side_by_side, with_interva
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """All tables of a report: the accuracies, then those of the measures."""
+    """Return all tables of a report: the table of accuracies, then the table of each measure."""
     found = [_accuracies(report)]
     columns = _columns(report)
     for name, measure in MEASURES.items():
         figures = {column: results[name] for column, results in columns.items() if name in results}
-        if name in report:  # measured of the trained network only, and reported beside the results
+        if name in report:  # measured for the trained network only, and reported outside of the results
             figures = {report["method"]: report[name]}
         if figures and (table := measure.table(figures, report)):
             found.append(table)
@@ -23,7 +23,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def _columns(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Results by column; the column of the trained network is named by its method."""
+    """Return results by name of the column; the column of the trained network has the name of its method."""
     return {report["method"] if name == "trained" else name: row for name, row in report["results"].items()}
 
 
@@ -63,5 +63,5 @@ def show(table: Table) -> None:
         short = place > 0 and len(table.header) < 5
         shown.add_column(escape(name), justify="right" if place else "left", no_wrap=short)
     for row in table.rows:
-        shown.add_row(*(escape(text.replace(" (", "\n(")) for text in row))  # narrow enough for a terminal
+        shown.add_row(*(escape(text.replace(" (", "\n(")) for text in row))  # break lines to fit a terminal
     rich.print(shown)
