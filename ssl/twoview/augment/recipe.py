@@ -33,7 +33,7 @@ class ViewRecipe:
             arXiv:2006.07733, appendix B).
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> ViewRecipe(blur_p=0.0).adjusted(channels=1, allow_flip=True, min_crop_area=0.3).jitter
@@ -90,7 +90,7 @@ class ViewRecipe:
             changes: new values by name of the field.
 
         Raises:
-            UserError: a name is unknown, or a value is out of range.
+            UserError: if a name is unknown, or a value is out of range.
         """
         names = [field.name for field in fields(self)]
         unknown = ", ".join(sorted(changes.keys() - set(names)))

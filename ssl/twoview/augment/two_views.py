@@ -36,8 +36,8 @@ class TwoViews(nn.Module):
         recipe: fields of :class:`twoview.augment.ViewRecipe`, such as ``blur_p=0.0``.
 
     Raises:
-        UserError: ``min_crop_area``, a field of the recipe or a value of ``view_b`` is out of range, or ``view_b`` has
-            an unknown name.
+        UserError: if ``min_crop_area``, a field of the recipe or a value of ``view_b`` is out of range, or if
+            ``view_b`` has an unknown name.
 
     Example:
         >>> views = TwoViews(image_size=24, channels=3, mean=[0.5] * 3, std=[0.25] * 3, blur_p=0.0)
@@ -97,8 +97,8 @@ class TwoViews(nn.Module):
             ``mean`` and ``std``.
 
         Raises:
-            TypeError: ``pixels`` is not uint8.
-            ValueError: ``pixels`` does not have four dimensions, or has another number of channels.
+            TypeError: if ``pixels`` is not uint8.
+            ValueError: if ``pixels`` does not have four dimensions, or has another number of channels.
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"TwoViews takes uint8 images in [0, 255], not {pixels.dtype}")

@@ -50,8 +50,8 @@ def square(item: Any, size: int, channels: int) -> Tensor:
         uint8 ``[channels, size, size]``.
 
     Raises:
-        OSError, ValueError, SyntaxError, or any other error of Pillow: the image cannot be decoded, or its dtype, range
-            or number of channels is not supported.
+        OSError, ValueError, SyntaxError, or any other error of Pillow: if the image cannot be decoded, or its dtype,
+            range or number of channels is not supported.
     """
     return square_and_shape(item, size, channels)[0]
 

@@ -47,11 +47,11 @@ def folder(root: Places, eval_root: Places | None = None, **options: Any) -> Ima
     Args:
         root: folder of images, of any nesting; or a ``.txt`` file with one path per line; or a ``.csv`` file with the
             column ``path`` and optionally the column ``label``; or a list of these.
-        eval_root: labelled test images, in the same forms as ``root``. None holds out a fifth of the labelled images.
+        eval_root: labeled test images, in the same forms as ``root``. None holds out a fifth of the labeled images.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: there are no images, or too many images are unreadable.
+        UserError: if there are no images, or too many images are unreadable.
     """
     return load_splits(_list, root, eval_root, "folder", LoadSettings(**options))
 

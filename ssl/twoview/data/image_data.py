@@ -1,4 +1,4 @@
-"""All images of a run: a split for pretraining, and labelled training and test splits for the evaluation."""
+"""All images of a run: a split for pretraining, and labeled training and test splits for the evaluation."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class ImageData:
 
     Args:
         pretrain: images to pretrain on; only supervised methods use their labels.
-        train: labelled training images of the evaluation, often the same object as ``pretrain``; None for no
+        train: labeled training images of the evaluation, often the same object as ``pretrain``; None for no
             evaluation.
-        test: labelled test images of the evaluation, whose labels are read once; None for no evaluation.
+        test: labeled test images of the evaluation, whose labels are read once; None for no evaluation.
         classes: names of the classes.
         batch_size: global batch size of pretraining, over all ranks, before accumulation; also the batch size of the
             evaluation.
@@ -35,7 +35,7 @@ class ImageData:
         broken: name of each file that could not be read, and the reason.
 
     Raises:
-        UserError: a label of ``train`` or ``test`` is out of range.
+        UserError: if a label of ``train`` or ``test`` is out of range.
     """
 
     def __init__(  # noqa: PLR0913
@@ -61,10 +61,10 @@ class ImageData:
 
     @property
     def labelled(self) -> tuple[Images, Images]:
-        """Labelled training and test images.
+        """Labeled training and test images.
 
         Raises:
-            UserError: there are no labelled images.
+            UserError: if there are no labeled images.
         """
         if self.train is None or self.test is None:
             raise UserError(f"data: {self.name} has no labels to fit and test a probe with; give labelled images")
@@ -103,7 +103,7 @@ class ImageData:
     def hide_labels(self, positions: Tensor) -> None:
         """Set the labels of held-out images to -1 in ``pretrain``, so that these images can be used for choices.
 
-        Nothing changes if ``train`` is a different set of images than the labelled part of ``pretrain``.
+        Nothing changes if ``train`` is a different set of images than the labeled part of ``pretrain``.
 
         Args:
             positions: int64 ``[M]``, positions of the held-out images in ``train``.
@@ -153,13 +153,13 @@ def from_dataset(
         image_size: height and width of the network's input in pixels.
         channels: number of channels C.
         batch_size: global batch size of pretraining.
-        test: labelled Dataset of test images, in the same form; None for no evaluation.
+        test: labeled Dataset of test images, in the same form; None for no evaluation.
         store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
             times ``image_size``.
         num_workers: number of loader processes.
 
     Raises:
-        UserError: the first item is not an image or a tuple of image and label, or a size is too small.
+        UserError: if the first item is not an image or a tuple of image and label, or a size is too small.
     """
     size = stored_size(image_size, store_size)
 

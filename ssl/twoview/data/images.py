@@ -51,7 +51,7 @@ class TensorImages(Dataset[Batch]):
         size: height and width S of the images in pixels.
 
     Raises:
-        UserError: ``pixels`` has another dtype or shape, or the number of labels is not N.
+        UserError: if ``pixels`` has another dtype or shape, or the number of labels is not N.
     """
 
     pixels: Tensor
@@ -201,7 +201,7 @@ def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tenso
         Positions of the first part, int64 ``[N - n]``, and of the second part, int64 ``[n]``, both ascending.
 
     Raises:
-        ValueError: a part would be empty.
+        ValueError: if a part would be empty.
     """
     from sklearn.model_selection import train_test_split
 
@@ -224,7 +224,7 @@ def split_holdout(labels: Tensor, share: float, seed: int, knob: str = "eval.hol
         Positions of the part to fit on, int64 ``[N - n]``, and of the held-out part, int64 ``[n]``, both ascending.
 
     Raises:
-        UserError: a part would be empty.
+        UserError: if a part would be empty.
     """
     try:
         return split_labels(labels, share, seed)

@@ -33,7 +33,7 @@ def digits(
             different digits look alike.
 
     Raises:
-        UserError: ``image_size`` is below 8, or ``channels`` is neither 1 nor 3.
+        UserError: if ``image_size`` is below 8, or ``channels`` is neither 1 nor 3.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -58,7 +58,7 @@ def fake(
         classes: number of classes, at least 2.
 
     Raises:
-        UserError: ``classes`` is below 2.
+        UserError: if ``classes`` is below 2.
     """
     require_at_least("data", 2, classes=classes)
     generator = torch.Generator().manual_seed(0)
@@ -85,8 +85,8 @@ def cifar10(
         batch_size: global batch size of pretraining.
 
     Raises:
-        UserError: the files are missing and cannot be downloaded, ``image_size`` is below 8, or ``channels`` is neither
-            1 nor 3.
+        UserError: if the files are missing and cannot be downloaded, ``image_size`` is below 8, or ``channels`` is
+            neither 1 nor 3.
     """
     return _cifar("cifar10", root, download, image_size, channels, batch_size)
 
@@ -104,7 +104,7 @@ def cifar100(
 def stl10(
     root: str | Path = "data", download: bool = True, image_size: int = 96, channels: int = 3, batch_size: int = 256
 ) -> ImageData:
-    """Load STL-10: 100,000 unlabelled images of 96x96 pixels for pretraining, 5,000 training and 8,000 test images.
+    """Load STL-10: 100,000 unlabeled images of 96x96 pixels for pretraining, 5,000 training and 8,000 test images.
 
     The arguments are those of :func:`cifar10`, except that ``root`` contains the folder ``stl10_binary``.
     """

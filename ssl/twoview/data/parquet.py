@@ -90,14 +90,14 @@ def parquet(
     Args:
         root: a file, a folder with the ``.parquet`` files of one split, a glob pattern such as
             ``data/train-*.parquet``, or a list of these.
-        eval_root: labelled test images, in the same forms as ``root``. None holds out a fifth of the labelled images.
+        eval_root: labeled test images, in the same forms as ``root``. None holds out a fifth of the labeled images.
         image_column: name of the column of images; None selects "image" or "img".
         label_column: name of the column of labels; None selects "label", "labels" or "fine_label" if one of these
             exists.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: there are no images, a column is missing, too many images are unreadable, or pyarrow is missing.
+        UserError: if there are no images, a column is missing, too many images are unreadable, or pyarrow is missing.
     """
     find = partial(_read_index, image_column=image_column, label_column=label_column)
     return load_splits(find, root, eval_root, "parquet", LoadSettings(**options))

@@ -38,7 +38,7 @@ def fit_channels(pixels: Tensor, channels: int) -> Tensor:
         uint8 ``[N, channels, H, W]``.
 
     Raises:
-        UserError: another change of the number of channels is needed.
+        UserError: if another change of the number of channels is needed.
     """
     have = pixels.shape[1]
     if have == channels:
@@ -58,7 +58,7 @@ def stored_size(image_size: int, store_size: int | None) -> int:
             ``image_size``.
 
     Raises:
-        UserError: a size is too small.
+        UserError: if a size is too small.
     """
     require_at_least("data", 8, image_size=image_size)
     size = store_size or round(1.15 * image_size)
@@ -94,8 +94,8 @@ class Preprocess(nn.Module):
             fp32 ``[N, C, image_size, image_size]``, on the device of this module.
 
         Raises:
-            TypeError: ``images`` is a tensor that is not uint8.
-            UserError: the number of channels is not C, and the images cannot be converted between 1 and 3 channels.
+            TypeError: if ``images`` is a tensor that is not uint8.
+            UserError: if the number of channels is not C, and the images cannot be converted between 1 and 3 channels.
         """
         channels = len(self.mean)
         if isinstance(images, Image.Image):

@@ -72,7 +72,7 @@ def read_all(images: LazyImages, max_broken: float, knob: str, keep: bool) -> tu
         The readable images; and for each unreadable image, its name and the reason.
 
     Raises:
-        UserError: too many images are unreadable.
+        UserError: if too many images are unreadable.
     """
     n = len(images)
     positions = torch.arange(n).split(max(1, min(CHUNK, CHUNK_BYTES // (images.channels * images.size**2))))

@@ -76,7 +76,7 @@ def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str
         suffixes: suffixes of the names of shards in a folder.
 
     Raises:
-        UserError: a place is not on a local disk, has no shards, or is a folder with the shards of several splits.
+        UserError: if a place is not on a local disk, has no shards, or is a folder with the shards of several splits.
     """
     found: list[str] = []
     for root in roots if isinstance(roots, list | tuple) else [roots]:
@@ -103,19 +103,19 @@ def load_splits(
 ) -> ImageData:
     """Load the images of a run.
 
-    Without ``eval_root``, a fixed fifth of the labelled images is held out as the test split. If only the images in
+    Without ``eval_root``, a fixed fifth of the labeled images is held out as the test split. If only the images in
     ``eval_root`` have labels, they are split into training and test images of the evaluation. With fewer than 10
-    labelled images there is no evaluation.
+    labeled images there is no evaluation.
 
     Args:
         find: function ``(root, knob) -> Split`` that lists the images in one place.
         root: place of the images to pretrain on.
-        eval_root: place of labelled test images, or None.
+        eval_root: place of labeled test images, or None.
         name: name of the data set, for reports.
         settings: settings for loading images.
 
     Raises:
-        UserError: there are no images, a size is too small, or too many images are unreadable.
+        UserError: if there are no images, a size is too small, or too many images are unreadable.
     """
     size, channels = stored_size(settings.image_size, settings.store_size), settings.channels
     found = {"data.root": find(root, "data.root")}
@@ -158,7 +158,7 @@ def _compare_classes(found: dict[str, Split]) -> None:
 
 
 def _split(splits: Sequence[Images], seed: int) -> tuple[Images, Images | None, Images | None]:
-    """Return images to pretrain on, and labelled training and test images; None for the latter two if there are few."""
+    """Return images to pretrain on, and labeled training and test images; None for the latter two if there are few."""
     known = [torch.nonzero(split.labels >= 0).flatten() for split in splits]
     labelled = [s if len(k) == len(s) else s.subset(k) for s, k in zip(splits, known, strict=True)]
     if len(splits) == 2 and len(labelled[0]) and len(labelled[1]):
@@ -171,7 +171,7 @@ def _split(splits: Sequence[Images], seed: int) -> tuple[Images, Images | None, 
     fitted, tested = labelled[-1].subset(train), labelled[-1].subset(test)
     if len(splits) == 2:
         return splits[0], fitted, tested
-    # Pretraining uses the unlabelled images too, but never the test images.
+    # Pretraining uses the unlabeled images too, but never the test images.
     unlabelled = torch.nonzero(splits[0].labels < 0).flatten()
     pretrain = splits[0].subset(torch.cat([known[0][train], unlabelled]).sort().values) if len(unlabelled) else fitted
     return pretrain, fitted, tested

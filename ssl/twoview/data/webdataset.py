@@ -53,11 +53,11 @@ def webdataset(root: Places, eval_root: Places | None = None, **options: Any) ->
     Args:
         root: a file, a folder with the ``.tar`` files of one split, a glob pattern such as ``shards/train-*.tar``, or a
             list of these.
-        eval_root: labelled test images, in the same forms as ``root``. None holds out a fifth of the labelled images.
+        eval_root: labeled test images, in the same forms as ``root``. None holds out a fifth of the labeled images.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
-        UserError: there are no images, a shard is compressed or damaged, or too many images are unreadable.
+        UserError: if there are no images, a shard is compressed or damaged, or too many images are unreadable.
     """
     return load_splits(_read_index, root, eval_root, "webdataset", LoadSettings(**options))
 

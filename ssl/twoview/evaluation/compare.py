@@ -51,7 +51,7 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
         this difference over the test images.
 
     Raises:
-        UserError: there are fewer than two runs, a run is not finished, or the test images of two runs differ.
+        UserError: if there are fewer than two runs, a run is not finished, or the test images of two runs differ.
     """
     several = not isinstance(runs, str | Path) and len(runs) > 1
     require(several, f"runs={runs}: give two or more folders of finished runs, such as runs=[A,B]")

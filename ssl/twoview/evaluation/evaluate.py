@@ -30,7 +30,7 @@ class Evidence:
         train: fp32 ``[N, F]`` features of the training images.
         test: fp32 ``[T, F]`` features of the test images.
         predictions: predictions of each probe, by name of the probe.
-        splits: int64 positions of the labelled training images of each draw, by size of the draw; see
+        splits: int64 positions of the labeled training images of each draw, by size of the draw; see
             :func:`twoview.evaluation.few_labels.few_label_splits`.
         shared: test images that are also training images, by split ("train" or "pretrain").
     """
@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         encoder: the network, on the device of the computation.
-        images: labelled training and test images.
+        images: labeled training and test images.
         views: augmentation for which alignment is measured.
         settings: measures, and how choices are made.
         seed: seed of all random draws.
@@ -63,7 +63,7 @@ def evaluate(
         * ``integrity``: metrics of :class:`twoview.evaluation.integrity.Integrity`, if this measure is taken.
 
     Raises:
-        UserError: the images have no labels, or features are not finite.
+        UserError: if the images have no labels, or features are not finite.
     """
     train, test = images.labelled
     small = {}

@@ -20,7 +20,7 @@ class FewLabelPredictions(NamedTuple):
     """Predictions of probes on few labels.
 
     Attributes:
-        splits: int64 positions of the labelled training images of each draw, by size.
+        splits: int64 positions of the labeled training images of each draw, by size.
         predictions: int64 ``[T]`` predicted classes of the test images for each draw, by size.
     """
 
@@ -30,19 +30,19 @@ class FewLabelPredictions(NamedTuple):
 
 @dataclass(frozen=True)
 class FewLabels(Measure):
-    """Linear probes fitted on few labelled training images, for several random draws of each size.
+    """Linear probes fitted on few labeled training images, for several random draws of each size.
 
     The penalty is fixed, since there are too few labels to hold any out.
 
     Args:
-        labels_per_class: sizes given as numbers of labelled images per class, > 0.
+        labels_per_class: sizes given as numbers of labeled images per class, > 0.
         label_shares: sizes given as shares of the training labels, in (0, 1).
         draws: number of random draws of each size, at least 2; the draws are the same for all runs on the same labels.
         few_label_l2: L2 penalty, > 0.
         max_iterations: largest number of iterations of L-BFGS.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     name = "few_labels"
@@ -94,7 +94,7 @@ class FewLabels(Measure):
 
 
 def few_label_splits(labels: Tensor, settings: FewLabels) -> dict[str, list[Tensor]]:
-    """Draw the positions of few labelled training images.
+    """Draw the positions of few labeled training images.
 
     The draws depend only on the labels and the settings. A class with fewer images than requested contributes all its
     images. A share contributes at least one image of each class. For each class, the images of a smaller size are among

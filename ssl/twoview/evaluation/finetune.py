@@ -40,7 +40,7 @@ class FineTuning:
         supervised: also train the same network from random initialization in the same way.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     label_share: float = 1.0
@@ -65,7 +65,7 @@ class Supervised:
     """Data and settings for training networks on labels.
 
     Args:
-        images: labelled training and test images; test labels are not read here.
+        images: labeled training and test images; test labels are not read here.
         views: augmentation; only the first view is used.
         optimizer: optimizer settings; the learning rate is replaced by one of ``settings.learning_rates``.
         schedule: function ``(epoch, epochs) -> factor``, by which the learning rate is multiplied.
@@ -95,7 +95,7 @@ def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[st
         network, "finetune" or "supervised".
 
     Raises:
-        UserError: the images have no labels, or too few labels to hold any out.
+        UserError: if the images have no labels, or too few labels to hold any out.
     """
     (train, test), settings, classes = how.images.labelled, how.settings, len(how.images.classes)
     positions = torch.arange(len(train))

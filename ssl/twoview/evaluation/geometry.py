@@ -29,7 +29,7 @@ class Geometry(Measure):
         shift_images: number of test images on which alignment is measured, at least 2.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     name = "geometry"

@@ -122,10 +122,10 @@ def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, T
     * the correlation of the pixels is above 0.85;
     * the RMS difference is below 18 gray levels (of 255);
     * the RMS difference is below 8 gray levels, or below a third of the largest RMS difference among the first five
-      candidates. In data sets where all images are alike, such as digits, the nearest image is not much nearer than the
-      others, and this condition fails.
+      candidates.
 
-    Mirrored and cropped copies are not found.
+    The last condition rejects different images that look alike, such as two digits of a class: the nearest image is
+    then not much nearer than the other candidates. Mirrored and cropped copies are not searched for.
 
     Args:
         train: thumbnails of N training images.

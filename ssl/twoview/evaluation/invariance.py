@@ -45,7 +45,7 @@ class Invariance(Measure):
         shift_images: number of test images that are augmented, at least 2.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     name = "invariance"

@@ -24,7 +24,7 @@ class KNN(Measure):
         class_weights: "balanced" gives all classes equal weight in the choice, "none" gives all images equal weight.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     name = "knn"

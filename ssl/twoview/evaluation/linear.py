@@ -30,7 +30,7 @@ class Linear(Measure):
         batch_norm: divide each feature by its own standard deviation; False divides all features by one number.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)

@@ -33,7 +33,7 @@ class LinearSGD(Measure):
         sgd_batch_size: number of images per step, at least 1.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     name = "linear_sgd"

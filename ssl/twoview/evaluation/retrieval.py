@@ -24,7 +24,7 @@ class Retrieval(Measure):
         ranks: numbers K of results for recall@K and precision@K, > 0.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     name = "retrieval"

@@ -48,7 +48,7 @@ class EvaluationSettings:
         cache: folder in which features are stored for the next evaluation; None to store nothing.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
 
     Example:
         >>> EvaluationSettings(measures=(KNN(k=(1, 5)),)).knobs()["k"]
@@ -79,7 +79,7 @@ class EvaluationSettings:
             knobs: fields of this class and of the measures. A field that several measures have is set in all of these.
 
         Raises:
-            UserError: a measure or a knob is unknown, or a value is out of range.
+            UserError: if a measure or a knob is unknown, or a value is out of range.
 
         Example:
             >>> EvaluationSettings.from_knobs(parts=["knn"], k=[5], holdout=0.1).measures[0].k
