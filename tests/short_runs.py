@@ -77,6 +77,7 @@ def make_inputs(train, train_labels, test, classes=None, seed=0, **changes):
         "holdout": 0.2,
         "bootstrap": 2000,
         "seed": seed,
+        "split_seed": seed,
         "device": torch.device("cpu"),
         "batch_size": 512,
     }

@@ -16,7 +16,7 @@ LAYERS = {
     "arithmetic": {"losses", "schedules", "metrics"},
     "parts": {
         *("backbones", "heads", "momentum", "negatives", "distributed", "optim", "augment", "data"),
-        *("files", "devices"),
+        *("files", "torch_files", "devices"),
     },
     "encoder": {"encoder"},
     "methods": {"methods"},

@@ -13,6 +13,8 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from twoview.errors import UserError, require, require_at_least, require_choice
+from twoview.files import open_regular
+from twoview.torch_files import load_torch
 
 log = logging.getLogger(__name__)
 
@@ -245,8 +247,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+            with open_regular(file):  # safetensors opens by name, and would wait for a FIFO
+                return load_file(file)
+        content = load_torch(file)
     except FileNotFoundError:
         raise UserError(f"backbone.weights={file}: there is no such file") from None
     except Exception as error:

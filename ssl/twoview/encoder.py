@@ -1,5 +1,6 @@
 """A backbone with its preprocessing and its model card; loading from runs, checkpoint files and timm."""
 
+import hashlib
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,8 +17,10 @@ from twoview import __version__
 from twoview.backbones import at_random, build_arguments, create_backbone, published_input
 from twoview.data import Images, LazyImages, Preprocess, TensorImages, in_order
 from twoview.errors import UserError, require
+from twoview.torch_files import load_torch
 
 LAST = "last.ckpt"  # newest checkpoint of a run, in the subfolder checkpoints/
+MAX_SIZE = 2**14  # largest input in pixels and channels that a model card may ask for
 PREFIX = "method.backbone."  # prefix of the names of backbone tensors in a checkpoint
 
 
@@ -38,6 +41,7 @@ class ModelCard:
         classes: names of the classes of the training data; empty without labels.
         seed: seed of the training run.
         versions: versions of the software used for training, by package.
+        hidden_labels: :func:`hidden_labels` of the training images; None if the network was trained without labels.
     """
 
     method: str
@@ -51,6 +55,7 @@ class ModelCard:
     classes: tuple[str, ...] = ()
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    hidden_labels: Mapping[str, Any] | None = None
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any], source: str) -> Self:
@@ -67,13 +72,16 @@ class ModelCard:
             found = {f.name: values[f.name] for f in fields(cls) if f.name in values}
             for name in ("mean", "std"):
                 found[name] = tuple(float(x) for x in found[name])
+            if found["method"] == "SupCon":  # checkpoints of earlier versions do not tell which labels were hidden
+                found.setdefault("hidden_labels", {})
             found["classes"] = tuple(str(name) for name in found.get("classes", ()))
             # Checkpoints of version 0.1.0 have small_patches, whose value follows from the stem.
             found["backbone"] = {str(k): v for k, v in found["backbone"].items() if k != "small_patches"}
             card = cls(**found)
             sizes = (card.image_size, card.channels, card.store_size or 1)
-            fit = all(isinstance(n, int) and n > 0 for n in sizes) and isinstance(card.seed, int)
+            fit = all(isinstance(n, int) and 0 < n <= MAX_SIZE for n in sizes) and isinstance(card.seed, int)
             texts = (card.method, card.data, card.backbone["name"], card.versions.get("timm", ""))
+            fit = fit and isinstance(card.hidden_labels, Mapping | None)
             if not fit or not all(isinstance(text, str) for text in texts):
                 raise TypeError("a size, the seed or a name has another type")
             if not len(found["mean"]) == len(found["std"]) == card.channels:
@@ -269,11 +277,12 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     if path.is_dir():
         path = next((p for p in (path / "checkpoints" / LAST, path / LAST) if p.exists()), path)
     advice = "give a run folder or one of its .ckpt files"
-    require(path.is_file(), f"checkpoint={checkpoint}: there is no checkpoint; {advice}")
+    require(path.exists() and not path.is_dir(), f"checkpoint={checkpoint}: there is no checkpoint; {advice}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch(path)
     except Exception as error:
-        message = f"cannot be read as a checkpoint ({type(error).__name__}); {advice}"
+        reason = str(error).splitlines()[0][:80] if isinstance(error, ValueError) else type(error).__name__
+        message = f"cannot be read as a checkpoint ({reason}); {advice}"
         raise UserError(f"checkpoint={checkpoint}: {message}") from error
     ours = isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("twoview", "state_dict"))
     message = "was not written by twoview; load foreign weights with backbone.weights=FILE"
@@ -286,6 +295,8 @@ def _from_checkpoint(content: Mapping[str, Any], card: ModelCard) -> Encoder:
     try:
         network, _ = create_backbone(**card.backbone)
         network.load_state_dict({k.removeprefix(PREFIX): v for k, v in tensors if k.startswith(PREFIX)}, strict=True)
+    except UserError as error:
+        raise UserError(f"checkpoint={content['path']}: {error}") from error
     except (RuntimeError, TypeError) as error:
         message = f"its weights do not fit this timm's {card.backbone['name']} ({str(error).splitlines()[-1].strip()})"
         advice = f"use the timm of the run, {card.versions.get('timm')}"
@@ -310,6 +321,18 @@ def _from_timm(source: str, image_size: int | None, channels: int, weights: str 
         raise UserError(message.replace("backbone.weights", "weights")) from error
     card = ModelCard(f"{kind} {name}", build_arguments(network), image_size, channels, None, mean, std)
     return Encoder(network.eval(), card, str(weights or source))
+
+
+def hidden_labels(labels: Tensor, holdout: float) -> dict[str, Any]:
+    """Which labels were hidden from training: a function of all labels, the share and the seed of the training.
+
+    An evaluation of the same labels that holds out the same share with the same seed chooses on unseen labels.
+
+    Args:
+        labels: int64 ``[N]`` labels of all training images.
+        holdout: share of the labels that was hidden, in (0, 1).
+    """
+    return {"holdout": holdout, "labels": hashlib.blake2b(labels.numpy().tobytes(), digest_size=16).hexdigest()}
 
 
 def versions() -> dict[str, str]:

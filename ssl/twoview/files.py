@@ -1,12 +1,27 @@
-"""Atomic writing of files: a killed process never leaves a partly written file."""
+"""Atomic writing of files, so that a killed process never leaves a partly written file; opening of regular files."""
 
 import contextlib
 import csv
+import errno
 import io
 import os
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading. FIFOs, devices and sockets, on which reading could block, are refused.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:

@@ -48,6 +48,11 @@ class OptimizerSettings:
         adapts = self.weight_decay > 0 or getattr(self.factory, "func", self.factory) is not Lars
         require(adapts, "optimizer.weight_decay=0: LARS would be plain SGD; set it above 0, such as 1e-6")
 
+    @property
+    def name(self) -> str:
+        """Name of the optimizer class, such as "AdamW"."""
+        return str(getattr(self.factory, "func", self.factory).__name__)
+
     def build(self, module: nn.Module, global_batch: int) -> Optimizer:
         """Create the optimizer of the parameters that require gradients, with the scaled learning rate.
 

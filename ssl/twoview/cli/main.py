@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoview.cli import sweeps
 from twoview.cli.overrides import CONF, check_overrides, quoted, without
-from twoview.cli.resume import common_folder, resolve_resume
+from twoview.cli.resume import common_folder, resolve_resume, training_knobs
+from twoview.cli.stored import OVERRIDES, dump_overrides
 from twoview.errors import Interrupted, UserError, require
 from twoview.files import write_atomically
 
@@ -112,15 +114,19 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
     require(select_by in (None, *SELECTABLE), f"select_by={select_by}: choose one of {choices}")
     require(0 <= cfg.seed < 2**32, f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    if rank == "0":
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(without(cfg, "task"), resolve=True))
-    else:
+    if rank != "0":
         _set_rank_logging(rank)
     task = cfg.task
     if sweep and "resume" in task.get("run", {}):  # a repeated sweep resumes its unfinished runs
         task = OmegaConf.merge(task, {"run": {"resume": True}})
     parts = {str(name): _instantiate(str(name), node) for name, node in task.items() if name != "_target_"}
+    folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    config = OmegaConf.to_yaml(without(cfg, "task"), resolve=True)
+    if "run" in parts:  # written once the run has been accepted, so that a refused start changes nothing
+        files = {"config.yaml": config, OVERRIDES: dump_overrides(overrides)}
+        parts["run"] = replace(parts["run"], files=files, knobs=training_knobs(cfg))
+    else:
+        write_atomically(folder / "config.yaml", config)
     result = hydra.utils.get_method(task._target_)(**parts)
     report = result if isinstance(result, Mapping) else {}
     if "results" in report or "runs" in report:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from datetime import datetime
 from pathlib import Path
@@ -11,10 +12,17 @@ import hydra
 from omegaconf import OmegaConf
 
 from twoview.cli.overrides import CONF, check_overrides, quoted, value_of, without
+from twoview.cli.stored import read_overrides, require_plain_files
 from twoview.errors import require
+
+log = logging.getLogger(__name__)
 
 # Top-level keys that are not part of the identity of a configuration.
 _NOT_IDENTIFYING = ("task", "logger", "resume", "rerun", "hydra")
+
+# Groups whose knobs determine the weights, and those knobs that do not: images are compared by their fingerprint.
+_DETERMINING = ("method", "backbone", "head", "augment", "optimizer", "scheduler", "data")
+_LOADING = [f"data.{knob}" for knob in ("root", "eval_root", "download", "memory", "num_workers", "max_broken")]
 
 
 def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:
@@ -43,13 +51,11 @@ def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:
         if folder is None:
             print("resume=auto: there is no unfinished run of this configuration; starting a new one")
             return given
+        require_plain_files(folder)
     else:
         folder = Path(where).expanduser()
-        stored = folder / ".hydra" / "overrides.yaml"
-        require(stored.is_file(), f"resume={where}: this is not the folder of a run; give one such as runs/DATE/TIME")
-        keys = {o.partition("=")[0] for o in given} | {"resume.run", "hydra.run.dir"}
-        before = [str(o) for o in OmegaConf.to_container(OmegaConf.load(stored))]  # type: ignore[union-attr]
-        given = [*(o for o in before if o.partition("=")[0] not in keys), *given]
+        keys = {o.partition("=")[0] for o in given}
+        given = [*(o for o in read_overrides(folder) if o.partition("=")[0] not in keys), *given]
     return [*given, quoted(f"resume.run={folder}"), quoted(f"hydra.run.dir={folder}")]
 
 
@@ -88,12 +94,28 @@ def _newest_unfinished(overrides: list[str]) -> Path | None:
         wanted = _identifying(hydra.compose("config", texts))
     runs = sorted(Path("runs").glob("*/*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
     unfinished = (file for file in runs if not (file.parent / "report.json").exists())
-    return next((file.parent for file in unfinished if _identifying(OmegaConf.load(file)) == wanted), None)
+    return next((file.parent for file in unfinished if _stored(file) == wanted), None)
+
+
+def _stored(file: Path) -> Any:
+    """The identifying part of a stored configuration; None if the file cannot be read."""
+    try:
+        return _identifying(OmegaConf.load(file))
+    except Exception as error:  # errors of the YAML parser have no common class that is public
+        log.warning("resume=auto: %s cannot be read (%s)", file, type(error).__name__)
+        return None
 
 
 def _identifying(cfg: Any) -> Any:
     """Return the part of a configuration that identifies a run, with interpolations resolved."""
     return OmegaConf.to_container(without(cfg, *_NOT_IDENTIFYING), resolve=True)
+
+
+def training_knobs(cfg: Any) -> dict[str, Any]:
+    """Knobs that determine the weights of a run, by their dotted names, as plain values."""
+    groups: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(_DETERMINING)), resolve=True)
+    knobs = {f"{group}.{knob}": value for group, node in groups.items() for knob, value in node.items()}
+    return {name: value for name, value in knobs.items() if name not in _LOADING} | {"trainer.clip": cfg.trainer.clip}
 
 
 def _config_hash(*, _root_: Any) -> str:

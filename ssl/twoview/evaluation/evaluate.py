@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twoview.augment import TwoViews
 from twoview.data import ImageData, Images
-from twoview.encoder import Encoder
+from twoview.encoder import Encoder, ModelCard, hidden_labels
 from twoview.errors import require
 from twoview.evaluation.cache import cached, key
 from twoview.evaluation.integrity import Shared, thumbnails
@@ -92,6 +92,7 @@ def evaluate(
             holdout=settings.holdout,
             bootstrap=settings.bootstrap,
             seed=seed,
+            split_seed=split_seed(encoder.card, seed),
             device=encoder.device,
             batch_size=images.batch_size,
         )
@@ -107,7 +108,8 @@ def evaluate(
     for name, network in networks.items():
         parts = (network and network.network, encoder.preprocess, train, test, views, settings, len(images.classes))
         others = (seed, str(encoder.device), images.batch_size, images.allow_flip, images.min_crop_area)
-        results[name] = cached(settings.cache, partial(key, name, *parts, *others), partial(baseline, name, network))
+        of = partial(key, name, *parts, *others, split_seed(encoder.card, seed))
+        results[name] = cached(settings.cache, of, partial(baseline, name, network))
     predictions = {name: p for name, p in chosen.items() if isinstance(p, Prediction)}
     report = {
         "results": results,
@@ -115,9 +117,36 @@ def evaluate(
         "figures": {f"val/{probe}_top1": p.chosen.get("val_top1") for probe, p in predictions.items()},
         **({} if integrity is None else {"integrity": integrity}),
     }
+    report |= seen_labels(encoder.card, train.labels, settings.holdout)
     splits = getattr(chosen.get("few_labels"), "splits", {})
     shared = getattr(chosen.get("integrity"), "shared", {})
     return report, Evidence(trained.train.features, trained.test, predictions, splits, shared)
+
+
+def split_seed(card: ModelCard, seed: int) -> int:
+    """Seed of the held-out split. Training with labels has hidden a split of its own seed, which is held out again.
+
+    Args:
+        card: facts about the network.
+        seed: seed of the evaluation, for networks that were trained without labels.
+    """
+    return seed if card.hidden_labels is None else card.seed
+
+
+def seen_labels(card: ModelCard, labels: Tensor, holdout: float) -> dict[str, list[str]]:
+    """Entry "warnings" of a report if the held-out labels may have been used in training; empty otherwise.
+
+    Args:
+        card: facts about the network.
+        labels: int64 ``[N]`` labels of the training images of the evaluation.
+        holdout: share that the evaluation holds out.
+    """
+    if card.hidden_labels in (None, hidden_labels(labels, holdout)):
+        return {}
+    reason = "it was trained with labels of other images, or with another eval.holdout"
+    message = f"choices of hyperparameters and val_top1 are not on labels that {card.method} has not seen: {reason}"
+    log.warning("evaluation: %s", message)
+    return {"warnings": [message]}
 
 
 def take(measures: Sequence[Measure], inputs: Inputs, labels: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,6 +15,7 @@ from twoview.augment import TwoViews, derive_seed
 from twoview.data import ImageData, split_holdout
 from twoview.encoder import Encoder
 from twoview.errors import require, require_at_least, require_positive
+from twoview.evaluation.evaluate import seen_labels, split_seed
 from twoview.evaluation.few_labels import FewLabels, few_label_splits
 from twoview.evaluation.linear_sgd import shuffled
 from twoview.evaluation.probe import Prediction, score
@@ -117,7 +118,8 @@ def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[st
     }
     sizes = {"labels": len(positions), "train_images": len(train), "test_images": len(test)}
     figures = {"val/finetune_top1": results["fine-tuned"]["finetune"]["val_top1"]}
-    report = {"results": results, "protocol": {**asdict(settings), **sizes}, "figures": figures}
+    report: dict[str, Any] = {"results": results, "protocol": {**asdict(settings), **sizes}, "figures": figures}
+    report |= seen_labels(encoder.card, train.labels[positions], settings.holdout)
     return report, {"finetune": predictions.pop("fine-tuned"), **predictions}
 
 
@@ -136,7 +138,8 @@ def train_and_predict(encoder: Encoder, positions: Tensor, how: Supervised) -> P
         The predictions, with the chosen learning rate and its accuracy on held-out labels.
     """
     (train, test), settings = how.images.labelled, how.settings
-    parts = split_holdout(train.labels[positions], settings.holdout, how.seed, "finetune.holdout")
+    seed = split_seed(encoder.card, how.seed)
+    parts = split_holdout(train.labels[positions], settings.holdout, seed, "finetune.holdout")
     fitted, held_out = (positions[part] for part in parts)
     how.views.to(how.device)
     accuracies = []

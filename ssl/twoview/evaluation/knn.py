@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from twoview.data import split_holdout
 from twoview.errors import require_choice, require_positive
 from twoview.evaluation.measure import ByName, Inputs, Measure
 from twoview.evaluation.probe import Prediction, choose_best
@@ -41,7 +40,7 @@ class KNN(Measure):
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose k and temperature on held-out labels, then classify the test images by all training images."""
         train = inputs.train
-        fitted, held_out = (train.at(part) for part in split_holdout(train.labels, inputs.holdout, inputs.seed))
+        fitted, held_out = (train.at(part) for part in inputs.split())
         numbers = [k for k in self.k if k <= len(fitted.labels)] or [len(fitted.labels)]
         similarity, position = knn_neighbors(fitted.features, held_out.features, max(numbers))
         grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]

@@ -6,7 +6,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from twoview.data import split_holdout
 from twoview.errors import require, require_at_least, require_choice, require_positive
 from twoview.evaluation import probe
 from twoview.evaluation.logistic import feature_scale, fit_linear
@@ -58,7 +57,7 @@ class Linear(Measure):
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose the penalty on held-out labels, fit on all training labels, and classify the test images."""
         train = inputs.train
-        fitted, held_out = (train.at(part) for part in split_holdout(train.labels, inputs.holdout, inputs.seed))
+        fitted, held_out = (train.at(part) for part in inputs.split())
         grid = sorted(self.l2, reverse=True)  # of equally accurate penalties, the strongest is chosen
         probes, _ = self._fit(fitted, grid, inputs.classes)
         predicted = [probe.linear_scores(one, held_out.features).argmax(1) for one in probes]

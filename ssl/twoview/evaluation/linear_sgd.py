@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from twoview.augment import derive_seed
-from twoview.data import Batch, Images, split_holdout
+from twoview.data import Batch, Images
 from twoview.errors import require_at_least, require_positive
 from twoview.evaluation.invariance import IDENTITY
 from twoview.evaluation.measure import ByName, Inputs, Measure
@@ -55,7 +55,7 @@ class LinearSGD(Measure):
         """Train all classifiers, choose the learning rate on held-out labels, and classify the test images."""
         assert inputs.encoder is not None
         images, train, classes = inputs.train_images, inputs.train, inputs.classes
-        fitted, held_out = split_holdout(train.labels, inputs.holdout, inputs.seed)
+        fitted, held_out = inputs.split()
         rates = torch.tensor(sorted(self.sgd_lr)) * self.sgd_batch_size / 256
         is_fitted = torch.zeros(len(images), dtype=torch.bool)
         is_fitted[fitted] = True

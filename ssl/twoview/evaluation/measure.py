@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twoview.augment import TwoViews
-from twoview.data import Images
+from twoview.data import Images, split_holdout
 from twoview.encoder import Encoder
 from twoview.evaluation.tables import Table
 
@@ -52,7 +52,8 @@ class Inputs:
         classes: number of classes C.
         holdout: share of the training labels on which every choice is made, in (0, 1).
         bootstrap: number of bootstrap resamples of the test images for intervals.
-        seed: seed of all random draws.
+        seed: seed of all random draws except the held-out split.
+        split_seed: seed of the held-out split.
         device: device of the network.
         batch_size: number of images per forward pass.
     """
@@ -70,8 +71,13 @@ class Inputs:
     holdout: float
     bootstrap: int
     seed: int
+    split_seed: int
     device: torch.device
     batch_size: int
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Positions of the training images to fit on, and of those held out, int64; see :func:`split_holdout`."""
+        return split_holdout(self.train.labels, self.holdout, self.split_seed)
 
 
 class Measure:

@@ -89,6 +89,11 @@ class Method(nn.Module):
         self.head = self.synced(head)
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether the loss depends on labels."""
+        return False
+
+    @property
     def ready(self) -> bool:
         """Whether the next batch may update the weights; False while a queue of the method is empty."""
         return True

@@ -53,6 +53,11 @@ class SimCLR(Method):
         self.temperature, self.variant, self.same = temperature, variant, same
         self.variant_parameters = parameters
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels remove images from the negatives."""
+        return self.same == "labels"
+
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Compute the loss of Algorithm 1 of the paper, by :func:`twoview.losses.nt_xent`.
 

@@ -38,6 +38,11 @@ class SupCon(Method):
         check_loss_knobs(temperature)
         self.temperature = temperature
 
+    @property
+    def uses_labels(self) -> bool:
+        """Always."""
+        return True
+
     def loss(self, encoded: Encoded, ids: Tensor | None = None, labels: Tensor | None = None) -> Step:
         """Compute the loss L_out, eq. 2 of the paper, by :func:`twoview.losses.sup_con`.
 

@@ -49,6 +49,7 @@ def _accuracies(report: Mapping[str, Any]) -> Table:
         note = f"{labels:,} of {protocol['train_images']:,} training labels used. {note}"
     if training := report.get("training"):
         note += f"\n{training['images_seen']:,} images seen in {training['seconds'] / 60:.1f} minutes"
+    note += "".join(f"\nWarning: {warning}." for warning in report.get("warnings", []))
     return side_by_side(title, columns, note)
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from twoview.encoder import LAST, read_checkpoint
-from twoview.errors import UserError
+from twoview.errors import UserError, require
 from twoview.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             advice = f"free disk space or make the folder writable, and continue with resume={path.parent.parent}"
             raise UserError(f"{message}: {advice}") from error
 
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read a checkpoint as :func:`twoview.encoder.read_checkpoint` does, whatever Lightning asks for."""
+        return read_checkpoint(path)
+
 
 def newest(run_dir: Path) -> dict[str, Any] | None:
-    """Read the newest readable checkpoint of a run by :func:`twoview.encoder.read_checkpoint`, or return None."""
-    for name in (LAST, PREVIOUS):
-        path = run_dir / "checkpoints" / name
+    """The last checkpoint of a run that can be read, as :func:`twoview.encoder.read_checkpoint` returns it.
+
+    Returns:
+        The checkpoint; None if the run has not written any.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    errors = []
+    for path in (run_dir / "checkpoints" / LAST, run_dir / "checkpoints" / PREVIOUS):
         if path.exists():
             try:
                 return read_checkpoint(path)
             except UserError as error:
                 log.warning("%s; trying the checkpoint before it", error)
+                errors.append(str(error))
+    require(not errors, f"resume={run_dir}: {'; '.join(errors)}: start again with rerun=true")
     return None

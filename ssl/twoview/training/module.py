@@ -61,6 +61,7 @@ class Pretraining(L.LightningModule):
         self.on_step_boundary: Callable[[L.Trainer], None] | None = None  # called after all batch hooks
         self.skip_nonfinite, self.skipped = skip_nonfinite, 0
         self.batches_without_step = 0
+        self.changes: list[str] = []  # settings that were changed when the run was resumed
         self.no_update = False  # whether the method was not ready or a batch was skipped in this optimizer step
         self.step: Step | None = None
 
@@ -75,6 +76,13 @@ class Pretraining(L.LightningModule):
         require(equal, f"rank {rank} has another configuration, data or software than rank 0; make them equal")
         if (self.trainer.max_epochs != -1 or self.trainer.max_steps != -1) and self.total_steps == math.inf:
             self.total_steps = float(self.trainer.estimated_stepping_batches)
+
+    def on_train_start(self) -> None:
+        """Replace the learning rate and other settings of the optimizer, which a checkpoint restores, by the given."""
+        optimizer = self.trainer.optimizers[0]
+        given = self.configure_optimizers().param_groups
+        for group, settings in zip(optimizer.param_groups, given, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "params"})
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -153,13 +161,14 @@ class Pretraining(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model card, the conditions and the counters as plain values."""
         counters = {"batches_without_step": self.batches_without_step, "skipped": self.skipped}
-        stored = asdict(self.card) | asdict(self.conditions) | counters
+        stored = asdict(self.card) | asdict(self.conditions) | counters | {"changes": self.changes}
         checkpoint["twoview"] = {**stored, "total_steps": self.total_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters, and the number of steps if the length settings are unchanged."""
         stored = checkpoint["twoview"]
         self.batches_without_step, self.skipped = stored["batches_without_step"], stored["skipped"]
+        self.changes = [*stored.get("changes", []), *self.changes]
         self.length_restored = stored["length"] == self.conditions.length
         if self.length_restored:
             self.total_steps = stored["total_steps"]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from twoview.backbones import build_arguments
 from twoview.data import ImageData, from_dataset, split_holdout
 from twoview.devices import device_capability, device_name
-from twoview.encoder import Encoder, ModelCard, versions
+from twoview.encoder import Encoder, ModelCard, hidden_labels, versions
 from twoview.errors import require
 from twoview.files import write_atomically
 from twoview.methods import Method
@@ -83,7 +83,7 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     method = recipe.method(network, recipe.head(width))
     architecture = build_arguments(network)
     images = _load(data, architecture)
-    card = _card(architecture, method, images, run.seed)
+    card = _card(architecture, method, images, run.seed, holdout)
     encoder = Encoder(method.backbone, card)
     views = recipe.augment(**images.view_limits())
     save = callbacks.SaveCheckpoints(run_dir / "checkpoints")
@@ -93,7 +93,7 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     hooks = [logger, check, save, signals, callbacks.ProgressBar(), *limit]
     trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
     _check_devices(trainer, method, images)
-    conditions = _conditions(trainer, settings, images, run)
+    conditions = _conditions(trainer, settings, images, run, recipe.optimizer.name)
     batch = images.batch_size * settings.accumulate
     module = Pretraining(
         method, views, recipe.optimizer, recipe.schedule, batch, card, conditions, settings.skip_nonfinite
@@ -119,9 +119,11 @@ def train(prepared: Prepared) -> dict[str, Any]:
     run_dir = Path(run.run_dir)
     stopped = newest(run_dir) if run.resume and not run.rerun else None
     if stopped is not None:
-        check_resume(stopped, module, module.conditions, run_dir, run.exact)
+        module.changes = check_resume(stopped, module, module.conditions, run_dir, run.exact)
         keep_csv_rows(trainer.loggers, stopped["global_step"])
         log.info("continuing after step %d of %s", stopped["global_step"], stopped["path"])
+    for name, text in run.files.items() if prepared.is_main else ():
+        write_atomically(run_dir / name, text)
     if images.broken and prepared.is_main:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in images.broken)
         write_atomically(run_dir / "broken.txt", lines)
@@ -143,6 +145,7 @@ def train(prepared: Prepared) -> dict[str, Any]:
         "device": device_name(prepared.device),
         "processes": trainer.world_size,
         "base_lr": optimizer.param_groups[0]["base_lr"],
+        **({"changes": module.changes} if module.changes else {}),
     }
 
 
@@ -172,8 +175,9 @@ def _feature_check(
     return callbacks.FeatureCheck(encoder, labelled, fitted, held_out, len(images.classes), save, every)
 
 
-def _card(architecture: dict[str, Any], method: Method, images: ImageData, seed: int) -> ModelCard:
+def _card(architecture: dict[str, Any], method: Method, images: ImageData, seed: int, holdout: float) -> ModelCard:
     mean, std = images.mean_std
+    labelled = images.train if method.uses_labels else None
     return ModelCard(
         method=type(method).__name__,
         backbone=architecture,
@@ -186,6 +190,7 @@ def _card(architecture: dict[str, Any], method: Method, images: ImageData, seed:
         classes=tuple(images.classes),
         seed=seed,
         versions=versions(),
+        hidden_labels=None if labelled is None else hidden_labels(labelled.labels, holdout),
     )
 
 
@@ -197,7 +202,9 @@ def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> Non
     require(unsynced, f"method.bn=sync: needs a GPU, not {device}; choose plain or split")
 
 
-def _conditions(trainer: L.Trainer, settings: TrainerSettings, images: ImageData, run: RunSettings) -> Conditions:
+def _conditions(
+    trainer: L.Trainer, settings: TrainerSettings, images: ImageData, run: RunSettings, optimizer: str
+) -> Conditions:
     conditions = {
         "seed": run.seed,
         "data.batch_size": images.batch_size,
@@ -208,9 +215,10 @@ def _conditions(trainer: L.Trainer, settings: TrainerSettings, images: ImageData
         "device": device_capability(trainer.strategy.root_device),
         "data": images.fingerprint,
         "torch": str(torch.__version__),
+        "optimizer": optimizer,
     }
     length = {knob: getattr(settings, knob) for knob in ("max_epochs", "max_time", "max_steps")}
-    return Conditions(conditions, length, run.identity)
+    return Conditions(conditions, length, run.identity, dict(run.knobs))
 
 
 def _log_start(prepared: Prepared, optimizer: torch.optim.Optimizer) -> None:

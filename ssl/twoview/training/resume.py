@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +25,26 @@ class Conditions:
         conditions: values by name that change the result of training.
         length: values of ``max_epochs``, ``max_time`` and ``max_steps``, by name.
         identity: hash of all settings, see :class:`twoview.training.RunSettings`.
+        knobs: values that determine the weights, see :class:`twoview.training.RunSettings`.
     """
 
     conditions: Mapping[str, Any] = field(default_factory=dict)
     length: Mapping[str, Any] = field(default_factory=dict)
     identity: str | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """What differs from the conditions that a checkpoint holds, such as "seed was 0, is 1".
+
+        Values that only one of them has are not compared: conditions of another version, or no knobs.
+        """
+        pairs = [(stored["conditions"], self.conditions), (stored.get("knobs") or {}, self.knobs)]
+        return [f"{k} was {was[k]}, is {now[k]}" for was, now in pairs for k in was if k in now and was[k] != now[k]]
 
 
 def check_resume(
     stopped: Mapping[str, Any], module: nn.Module, conditions: Conditions, run_dir: Path, exact: bool
-) -> None:
+) -> list[str]:
     """Check that a run can be resumed from a checkpoint.
 
     Args:
@@ -43,8 +54,12 @@ def check_resume(
         run_dir: folder of the run, for messages.
         exact: whether differing conditions raise an error; if False, they are logged as a warning.
 
+    Returns:
+        What differs, such as "seed was 0, is 1".
+
     Raises:
-        UserError: if the networks differ, the run is finished, or conditions differ and ``exact`` is set.
+        UserError: if the networks or the optimizer differ, the run is finished or longer than asked for, or conditions
+            differ and ``exact`` is set.
     """
     stored = stopped["twoview"]
     mine = {name: list(value.shape) for name, value in module.state_dict().items()}
@@ -56,13 +71,24 @@ def check_resume(
     ended = ended and (run_dir / "report.json").exists() and conditions.identity is None
     message = f"this run is finished, after {steps} steps; raise trainer.max_epochs to continue it"
     require(not ended, f"resume={run_dir}: {message}")
-    now = conditions.conditions
-    differ = [f"{k} was {was}, is {now[k]}" for k, was in stored["conditions"].items() if was != now[k]]
+    _check_length(stopped, conditions.length, run_dir)
+    differ = conditions.differences(stored)
+    other = [difference for difference in differ if difference.startswith("optimizer was")]
+    require(not other, f"resume={run_dir}: {''.join(other)}: its state does not fit; give the optimizer of that run")
     message = f"the result would differ from that of an uninterrupted run ({'; '.join(differ)})"
     advice = "make them equal, continue anyway with resume.exact=false, or start again with rerun=true"
     require(not (differ and exact), f"resume={run_dir}: {message}; {advice}")
     if differ:
         log.warning("resume: not exact (%s)", "; ".join(differ))
+    return differ
+
+
+def _check_length(stopped: Mapping[str, Any], length: Mapping[str, Any], run_dir: Path) -> None:
+    done = {"max_steps": stopped["global_step"], "max_epochs": stopped["epoch"]}
+    for knob, number in done.items():
+        limit = length.get(knob)
+        message = f"this run has done more already ({number} {knob.removeprefix('max_')}); give a larger number"
+        require(limit is None or limit >= number, f"trainer.{knob}={limit} resume={run_dir}: {message}")
 
 
 def finished_report(run_dir: Path, conditions: Conditions) -> dict[str, Any] | None:
@@ -86,10 +112,11 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / "lock").open("w")
+        # Neither truncated nor followed if it is a link; a FIFO does not block.
+        handle = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written ({error.strerror}); choose another folder") from error
-    with file:
+    with open(handle, "rb") as file:
         try:
             import fcntl  # not on Windows
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,15 @@ class RunSettings:
         resume: any true value continues from the last checkpoint in ``run_dir``, if there is one. A string has no other
             meaning: the command line passes the path of the run folder, which is also ``run_dir``.
         exact: whether to refuse to resume if the result could differ from that of an uninterrupted run. This is the
-            case if seed, batch size, accumulation, precision, number of processes or threads, device, data or the
-            version of torch differ.
+            case if ``knobs``, seed, batch size, accumulation, precision, number of processes or threads, device, data
+            or the version of torch differ.
         identity: hash of all settings, or None. With a hash, a finished run in ``run_dir`` is not repeated: its report
             is returned if identity, data and version of twoview are the same. A run that was stopped during the
             evaluation can then be resumed, which repeats only the evaluation.
         rerun: whether to start from the beginning in any case and overwrite the results of an earlier run.
+        files: texts to write to ``run_dir`` once the run has been accepted, by the name of the file.
+        knobs: plain values that determine the weights, by name. They are stored in every checkpoint and compared when
+            the run is resumed.
     """
 
     run_dir: str | Path = "run"
@@ -69,6 +72,8 @@ class RunSettings:
     exact: bool = True
     identity: str | None = None
     rerun: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
+    knobs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
