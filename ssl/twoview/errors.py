@@ -15,6 +15,11 @@ class UserError(ValueError):
         twoview.errors.UserError: optimizer.lr=-1: the learning rate must be above 0
     """
 
+    def __init__(self, message: str) -> None:
+        # Messages of other libraries have several lines, names of files any character.
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
 
 def require(condition: object, message: str) -> None:
     """Raise :class:`UserError` with the message unless the condition is true.
