@@ -16,6 +16,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
+        if message.startswith("Caught "):  # a DataLoader adds the traceback of its process to the message
+            message = message.rpartition("UserError: ")[2]
         # Messages of other libraries have several lines, names of files any character.
         line = " ".join(message.split())
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))

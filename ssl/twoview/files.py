@@ -17,11 +17,12 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         OSError: the file cannot be opened, or is not a regular file.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblocking))  # noqa: SIM115 (returned)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(handle, "rb")
+    return file
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:

@@ -64,7 +64,7 @@ def test_without_labels_there_is_training_and_no_evaluation(tmp_path):
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     photo().save(tmp_path / "images" / "1.png")
-    with pytest.raises(UserError, match=r"data.batch_size=4: folder has 1 images"):
+    with pytest.raises(UserError, match="data: folder has 1 image to learn from"):
         run(tmp_path / "run", lambda: load(tmp_path / "images"))
 
 

@@ -26,13 +26,13 @@ def test_images_that_do_not_fit_in_memory_are_decoded_as_those_that_do(tmp_path)
 
 def test_a_file_that_breaks_during_the_run_is_replaced(tmp_path, caplog):
     make_folder(tmp_path)
-    data = load(tmp_path, memory=0)
+    data = load(tmp_path, memory=0, max_broken=0.1)
     victim = data.pretrain.source[int(data.pretrain.positions[2])]
     (tmp_path / victim).write_bytes(b"")
     assert torch.equal(data.pretrain[[2]].pixels, data.pretrain[[3]].pixels)
     assert victim in caplog.text
     shutil.rmtree(tmp_path)
-    with pytest.raises(OSError, match="check that the disk is still mounted"):
+    with pytest.raises(UserError, match=r"data.max_broken=0.1: 3 of 24 images can no longer be read"):
         data.pretrain[[0]]
 
 

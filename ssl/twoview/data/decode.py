@@ -1,7 +1,9 @@
 """Decoding of one image in any supported form to a square uint8 tensor."""
 
 import io
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,9 +13,14 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
 
-# Formats that Pillow does not decode itself: video, documents that need another program, and stubs.
-_FOREIGN = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}
-SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _FOREIGN} | {".npy"}
+from twoview.files import open_regular
+
+# Formats that Pillow may try. Among those left out are EPS and WMF, which Pillow decodes by starting other programs.
+Image.init()
+_ORDINARY = "AVIF BMP CUR DDS DIB GIF ICNS ICO IM JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP XBM XPM"
+FORMATS = tuple(kind for kind in _ORDINARY.split() if kind in Image.OPEN)
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _ORDINARY.split()} | {".npy"}
+MAX_BYTES_PER_PIXEL = 8  # of arrays, whose size is limited to this times Pillow's limit on pixels
 Shape = tuple[int, int, int]
 _FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}  # Pillow's formats by the first two bytes of the file
 # Members of Image.Transpose for the EXIF orientations 2 to 8; orientation 1 is upright.
@@ -59,7 +66,7 @@ def square(item: Any, size: int, channels: int) -> Tensor:
 def square_and_shape(item: Any, size: int, channels: int) -> tuple[Tensor, Shape]:
     """Decode an image as :func:`square` does, and also return its original height, width and number of channels."""
     if isinstance(item, str | Path):
-        with open(item, "rb") as handle:
+        with open_regular(item) as handle:
             return _square_of_file(handle, size, channels)
     if isinstance(item, bytes):
         return _square_of_file(io.BytesIO(item), size, channels)
@@ -74,14 +81,14 @@ def _square_of_file(handle: BinaryIO, size: int, channels: int) -> tuple[Tensor,
     begins = handle.read(6)
     handle.seek(0)
     if begins == b"\x93NUMPY":
+        _check_npy(handle)
         return _square_of_array(np.load(handle, allow_pickle=False), size, channels)
     tiff = begins[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # reject files above Pillow's size limit
         warnings.filterwarnings("ignore", category=UserWarning)  # warnings about malformed metadata
         try:
-            # Without formats=, Pillow tries about fifty decoders in turn.
-            with Image.open(handle, formats=_FORMATS.get(begins[:2])) as image:
+            with Image.open(handle, formats=_FORMATS.get(begins[:2], FORMATS)) as image:
                 if tiff and channels not in (1, 3) and image.mode not in ("RGBA", "CMYK"):
                     raise ValueError(f"mode {image.mode} does not have {channels} channels")  # caught below
                 return _square_of_image(image, size, channels)
@@ -131,11 +138,32 @@ def _square_of_array(array: np.ndarray, size: int, channels: int, last: bool = F
     return _fit(values, size), (values.shape[1], values.shape[2], array.size // (values.shape[1] * values.shape[2]))
 
 
+def _check_size(shape: Sequence[int], dtype: np.dtype) -> None:
+    """Refuse an array before it is decoded if it is larger than an image may be."""
+    limit = MAX_BYTES_PER_PIXEL * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if math.prod(shape) * dtype.itemsize > limit:
+        raise ValueError(f"an array of shape {list(shape)} and {dtype} is larger than {limit / 1e6:,.0f} MB")
+
+
+def _check_npy(handle: BinaryIO) -> None:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(handle)
+    if version not in readers:
+        raise ValueError(f"version {version} of .npy files is for arrays that are not images")
+    shape, _, dtype = readers[version](handle)
+    _check_size(shape, dtype)
+    handle.seek(0)
+
+
 def _read_tiff(handle: BinaryIO) -> np.ndarray:
     try:
         import tifffile
 
-        return np.asarray(tifffile.imread(handle))
+        with tifffile.TiffFile(handle) as file:
+            series = file.series[0]
+            for shape in (series.shape, series.keyframe.chunks):  # of the image, and of the parts that are decoded
+                _check_size(shape, series.dtype)
+            return np.asarray(series.asarray())
     except ImportError:
         raise ValueError('TIFF with many channels needs: pip install "twoview[tiff]"') from None
     except Exception as error:  # tifffile raises its own exception classes

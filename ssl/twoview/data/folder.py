@@ -1,6 +1,7 @@
 """Images in folders of any nesting and in lists of files, with or without labels."""
 
 import csv
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from twoview.data.decode import SUFFIXES
 from twoview.data.image_data import ImageData
 from twoview.data.splits import LoadSettings, Places, Split, load_splits
 from twoview.errors import UserError, require
+from twoview.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +103,16 @@ def _walk(root: Path) -> tuple[list[str], list[str | None], int]:
 
 
 def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
+    try:
+        with open_regular(file) as handle:
+            text = handle.read().decode("utf-8-sig")
+        table = list(csv.reader(io.StringIO(text, newline=""))) if file.suffix.lower() == ".csv" else []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{knob}={file}: cannot be read ({error}); save it as UTF-8") from error
     if file.suffix.lower() == ".txt":
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-        rows: list[dict[str, str]] = [{"path": line} for line in lines if line.strip()]
+        rows = [{"path": line} for line in text.splitlines() if line.strip()]
     else:
-        with file.open(newline="", encoding="utf-8-sig") as handle:
-            header, *cells = list(csv.reader(handle)) or [[]]
+        header, *cells = table or [[]]
         columns = [column.strip().lower() for column in header]
         rows = [dict(zip(columns, (cell.strip() for cell in row), strict=False)) for row in cells if any(row)]
         named = "path" in columns and all(row.get("path") for row in rows)

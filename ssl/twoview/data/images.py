@@ -108,10 +108,22 @@ class LazyImages(Dataset[Batch]):
         size: height and width of the decoded images in pixels.
         channels: number of channels C.
         num_workers: number of loader processes.
+        max_broken: largest share of the images that may be or become unreadable, in [0, 1].
     """
 
-    def __init__(self, source: Sequence[Any], labels: Tensor, size: int, channels: int, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        source: Sequence[Any],
+        labels: Tensor,
+        size: int,
+        channels: int,
+        num_workers: int = 0,
+        max_broken: float = 0.01,
+    ) -> None:
         self.source, self.labels, self.size, self.channels = source, labels, size, channels
+        self.max_broken = max_broken
+        # bool [N], positions in the source that cannot be read; shared with loader processes.
+        self.lost = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self.num_workers, self.positions = num_workers, torch.arange(len(source))  # int64 [N], in source
         self.known_statistics: Tensor | None = None  # float64 [N, 3, C], once all images have been read
 
@@ -154,13 +166,26 @@ class LazyImages(Dataset[Batch]):
 
     def _decode(self, position: int) -> Tensor:
         # All images were readable before training. An image that has become unreadable is replaced by the next one.
-        for step in range(min(16, len(self))):
+        for step in range(len(self)):
             near = (position + step) % len(self)
+            where = int(self.positions[near])
+            if self.lost[where]:
+                continue
             try:
-                return square(self.source[int(self.positions[near])], self.size, self.channels)
+                return square(self.source[where], self.size, self.channels)
+            except MemoryError:
+                raise
             except Exception as error:
-                log.warning("data: %s can no longer be read (%s), the next image replaces it", self.name(near), error)
-        raise OSError("16 images in a row can no longer be read: check that the disk is still mounted")
+                self._lose(where, self.name(near), error)
+        raise UserError("data: no image can be read any more; check that the disk is still mounted")
+
+    def _lose(self, where: int, name: str, error: Exception) -> None:
+        """Count an image that has become unreadable, and end the run if there are too many."""
+        self.lost[where] = True
+        lost, n = int(self.lost.sum()), len(self.lost)
+        log.warning("data: %s can no longer be read (%s); the next image replaces it", name, error)
+        message = f"{lost} of {n} images can no longer be read, the last is {name} ({error}); check the disk"
+        require(lost <= self.max_broken * n, f"data.max_broken={self.max_broken:g}: {message}")
 
 
 # Images of one split, in memory or decoded on access.

@@ -60,7 +60,7 @@ def fake(
     Raises:
         UserError: if ``classes`` is below 2.
     """
-    require_at_least("data", 2, classes=classes)
+    require_at_least("data", 2, classes=classes, images=images)
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> TensorImages:

@@ -1,6 +1,7 @@
 """Images in Parquet files, as on the Hugging Face hub."""
 
 import json
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,10 +27,13 @@ class ParquetImages(Sequence[bytes]):
             ``bytes``.
         groups: for each row group, the index of its file in ``files`` and the index of the row group in that file.
         starts: int64, position of the first image of each row group, followed by the total number of images.
+        read_paths: whether strings are paths of image files to open, relative to the folder of the Parquet file.
     """
 
-    def __init__(self, files: list[str], column: str, groups: list[tuple[int, int]], starts: np.ndarray) -> None:
-        self.files, self.column, self.groups, self.starts = files, column, groups, starts
+    def __init__(
+        self, files: list[str], column: str, groups: list[tuple[int, int]], starts: np.ndarray, read_paths: bool = False
+    ) -> None:
+        self.files, self.column, self.groups, self.starts, self.read_paths = files, column, groups, starts, read_paths
         self.cached: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -47,7 +51,9 @@ class ParquetImages(Sequence[bytes]):
             while len(self.cached) > WINDOW or (len(self.cached) > 1 and self._bytes() > CACHE_BYTES):
                 self.cached.popitem(last=False)
         encoded = self.cached[group][position - int(self.starts[group])].as_py()
-        if encoded is None:
+        if isinstance(encoded, str) and self.read_paths:
+            return os.path.join(os.path.dirname(self.files[self.groups[group][0]]), encoded)
+        if not isinstance(encoded, bytes):
             raise ValueError("this row has no bytes")
         return encoded
 
@@ -80,6 +86,7 @@ def parquet(
     eval_root: Places | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    read_paths: bool = False,
     **options: Any,
 ) -> ImageData:
     """Load images from Parquet files, as on the Hugging Face hub.
@@ -94,16 +101,18 @@ def parquet(
         image_column: name of the column of images; None selects "image" or "img".
         label_column: name of the column of labels; None selects "label", "labels" or "fine_label" if one of these
             exists.
+        read_paths: whether strings in the image column are paths of files to open. Without it they are refused, since a
+            table from elsewhere could name any file.
         options: fields of :class:`twoview.data.splits.LoadSettings`.
 
     Raises:
         UserError: if there are no images, a column is missing, too many images are unreadable, or pyarrow is missing.
     """
-    find = partial(_read_index, image_column=image_column, label_column=label_column)
+    find = partial(_read_index, image_column=image_column, label_column=label_column, read_paths=read_paths)
     return load_splits(find, root, eval_root, "parquet", LoadSettings(**options))
 
 
-def _read_index(root: Places, knob: str, image_column: str | None, label_column: str | None) -> Split:
+def _read_index(root: Places, knob: str, image_column: str | None, label_column: str | None, read_paths: bool) -> Split:
     files = find_shards(root, knob, (".parquet",))
     try:
         import pyarrow.parquet
@@ -116,13 +125,16 @@ def _read_index(root: Places, knob: str, image_column: str | None, label_column:
             with pyarrow.parquet.ParquetFile(file) as handle:
                 schema = handle.schema_arrow
                 columns = columns if number else _columns(schema, knob, image_column, label_column)
+                strings = str(schema.field(columns[0]).type) in ("string", "large_string", "string_view")
+                advice = "holds strings; set data.read_paths=true if they are paths of image files that may be opened"
+                require(read_paths or not strings, f"data.image_column={columns[0]}: {advice}")
                 groups += [(number, group) for group in range(handle.num_row_groups)]
                 sizes += [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
                 names += _label_names(handle.read([columns[1]])[columns[1]], schema, columns[1]) if columns[1] else []
         except (OSError, KeyError, pyarrow.ArrowException) as error:
             raise UserError(f"{knob}: {file} cannot be read as Parquet ({error}); repair or remove it") from error
     require(sum(sizes), f"{knob}: there are no rows in {', '.join(files[:3])}")
-    images = ParquetImages(files, columns[0], groups, np.cumsum(sizes, dtype=np.int64))
+    images = ParquetImages(files, columns[0], groups, np.cumsum(sizes, dtype=np.int64), read_paths)
     return Split(images, names or [None] * len(images))
 
 
@@ -135,11 +147,19 @@ def _columns(schema: Any, knob: str, image: str | None, label: str | None) -> tu
     return images[0], labels[0] if labels else None
 
 
+def _declared_names(schema: Any, column: str) -> list[str] | None:
+    """Class names of a column that the metadata of the hub declare; None without such metadata or if they are odd."""
+    try:
+        hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = hub["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
 def _label_names(column: Any, schema: Any, name: str) -> list[str | None]:
     """Return class names of the Hugging Face metadata, else the values as text; None for null and numbers < 0."""
-    hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = hub.get("info", {}).get("features", {}).get(name)
-    declared = feature.get("names") if isinstance(feature, dict) else None
+    declared = _declared_names(schema, name)
     values = column.to_pylist()
     names: dict[Any, str | None] = {}
     try:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from twoview.data.decode import luma, square
 from twoview.errors import require, require_at_least
 
+MAX_SIZE = 2**14  # of stored images in pixels, 800 MB each
+
 
 def fit_size(pixels: Tensor, size: int) -> Tensor:
     """Resize images by bilinear interpolation with antialiasing; images that have the size are returned unchanged.
@@ -62,6 +64,7 @@ def stored_size(image_size: int, store_size: int | None) -> int:
     """
     require_at_least("data", 8, image_size=image_size)
     size = store_size or round(1.15 * image_size)
+    require(size <= MAX_SIZE, f"data.store_size={size}: must be at most {MAX_SIZE}")
     require(size >= image_size, f"data.store_size={store_size}: must be at least data.image_size={image_size}, or null")
     return size
 

@@ -27,6 +27,7 @@ class _Chunk(NamedTuple):
 
     values: np.ndarray
     readable: list[int]
+    unreadable: list[int]
     broken: list[tuple[str, str]]
     kinds: Counter[str]
     shapes: set[Shape]
@@ -42,12 +43,15 @@ class _Scan(Dataset[_Chunk]):
 
     def __getitem__(self, positions: Any) -> _Chunk:
         images, pixels = self.images, []
-        chunk = _Chunk(np.zeros(0), [], [], Counter(), set())
+        chunk = _Chunk(np.zeros(0), [], [], [], Counter(), set())
         for position in torch.as_tensor(positions).tolist():
             try:
                 item = images.source[position]
                 one, shape = square_and_shape(item, images.size, images.channels)
+            except MemoryError:
+                raise
             except Exception as error:
+                chunk.unreadable.append(position)
                 chunk.broken.append((images.name(position), f"{type(error).__name__}: {error}"))
             else:
                 pixels.append(one)
@@ -86,6 +90,7 @@ def read_all(images: LazyImages, max_broken: float, knob: str, keep: bool) -> tu
         first = "; ".join(f"{name} ({reason})" for name, reason in broken[:3])
         message = f"{len(broken)} of {n} files cannot be read (first: {first})"
         raise UserError(f"{knob}: {message}; repair or remove them, or raise data.max_broken={max_broken:g}")
+    images.lost[[position for chunk in chunks for position in chunk.unreadable]] = True
     _log_contents(chunks, images, len(broken), knob)
     readable = images.subset(torch.tensor([position for chunk in chunks for position in chunk.readable]))
     values = torch.from_numpy(np.concatenate([chunk.values for chunk in chunks]))

@@ -16,10 +16,11 @@ from twoview.data.image_data import ImageData
 from twoview.data.images import Images, LazyImages, split_labels
 from twoview.data.preprocess import stored_size
 from twoview.data.scan import read_all
-from twoview.errors import require
+from twoview.errors import UserError, require, require_at_least
 
 log = logging.getLogger(__name__)
 
+DEFAULT_BATCH = 256
 Places = str | Sequence[str]  # one or several files, folders or glob patterns
 
 
@@ -44,27 +45,47 @@ class LoadSettings:
         store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
             times ``image_size``.
         channels: 1, 3, 4, or the number of channels of ``.npy`` and multi-channel TIFF files.
-        batch_size: global batch size of pretraining.
+        batch_size: global batch size of pretraining; None for 256, or for the number of images if there are fewer.
         max_broken: largest share of the images that may be unreadable, in [0, 1]. Unreadable images are left out and
             listed.
-        memory: largest size in bytes of decoded images to hold in memory; None for a quarter of the free memory. Larger
-            data sets are decoded by loader processes in every epoch.
+        memory: largest size of decoded images to hold in memory, in bytes or as "500MB" or "2GB"; None for a quarter of
+            the free memory. Larger data sets are decoded by loader processes in every epoch.
         num_workers: number of loader processes; None for one per core.
         allow_flip: whether horizontal flips preserve the meaning of the images.
         min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
         seed: seed of the test split.
+
+    Raises:
+        UserError: if a value is out of range.
     """
 
     image_size: int = 64
     store_size: int | None = None
     channels: int = 3
-    batch_size: int = 256
+    batch_size: int | None = None
     max_broken: float = 0.01
-    memory: float | None = None
+    memory: float | str | None = None
     num_workers: int | None = None
     allow_flip: bool = True
     min_crop_area: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least("data", 1, channels=self.channels, batch_size=self.batch_size, store_size=self.store_size)
+        require_at_least("data", 0, num_workers=self.num_workers)
+        require(0 <= self.max_broken <= 1, f"data.max_broken={self.max_broken}: give a share between 0 and 1")
+        _ = self.memory_bytes
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """``memory`` in bytes."""
+        if self.memory is None:
+            return None
+        units = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+        match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?) ?([KMGT]?)B?", str(self.memory), re.IGNORECASE)
+        if match is None:
+            raise UserError(f"data.memory={self.memory}: give a number of bytes, at least 0, or a size such as 2GB")
+        return float(match[1]) * units[match[2].upper()]
 
 
 def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -92,8 +113,10 @@ def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str
             example = f"such as {knob}={Path(where) / f'train*{suffixes[0]}'}"
             require(len(splits) < 2, f"{knob}={root}: {message}, {example}")
         else:
-            files = [where] if os.path.isfile(where) else sorted(glob.glob(where, recursive=True))
+            files = [where] if os.path.exists(where) else sorted(glob.glob(where, recursive=True))
         require(files, f"{knob}={root}: no {suffixes[0]} file there; give a file, a folder or a pattern with *")
+        special = [file for file in files if not os.path.isfile(file)]
+        require(not special, f"{knob}={root}: {', '.join(special[:3])} is not a regular file; give another pattern")
         found += files
     return found
 
@@ -118,6 +141,8 @@ def load_splits(
         UserError: if there are no images, a size is too small, or too many images are unreadable.
     """
     size, channels = stored_size(settings.image_size, settings.store_size), settings.channels
+    require(root, f"data.root={root!r}: give a path")
+    require(eval_root != root, f"data.eval_root={eval_root}: the same as data.root; give others, or null to split")
     found = {"data.root": find(root, "data.root")}
     if eval_root:
         found["data.eval_root"] = find(eval_root, "data.eval_root")
@@ -127,22 +152,37 @@ def load_splits(
     classes = sorted(named, key=lambda label: (len(label) if all(map(str.isdigit, named)) else 0, label))
     numbers: dict[str | None, int] = {None: -1} | {label: number for number, label in enumerate(classes)}
     workers = (os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
-    budget = _free_bytes() / 4 if settings.memory is None else settings.memory
+    budget = _free_bytes() / 4 if settings.memory_bytes is None else settings.memory_bytes
     needed = sum(len(split.source) for split in found.values()) * channels * size * size
     keep = needed <= budget
     splits, broken = [], []
     for knob, (source, names) in found.items():
-        images = LazyImages(source, torch.tensor([numbers[n] for n in names]), size, channels, workers)
-        readable, unreadable = read_all(images, settings.max_broken, knob, keep)
+        images = LazyImages(
+            source, torch.tensor([numbers[n] for n in names]), size, channels, workers, settings.max_broken
+        )
+        try:
+            readable, unreadable = read_all(images, settings.max_broken, knob, keep)
+        except MemoryError as error:
+            advice = "set data.memory=0 to decode them in every epoch, or a smaller data.store_size"
+            raise UserError(f"{knob}: out of memory; the images need {needed / 1e6:,.0f} MB; {advice}") from error
         splits.append(readable)
         broken += unreadable
     stored = f"{size} pixels, center squares cropped ({channels} channels, {needed / 1e6:,.0f} MB)"
     where = "held in memory" if keep else "decoded in every epoch"
     log.info("data: short sides are resized to %s, %s; network input: %d pixels", stored, where, settings.image_size)
     limits = (settings.allow_flip, settings.min_crop_area, settings.image_size)
-    data = ImageData(*_split(splits, settings.seed), classes, settings.batch_size, name, *limits)
+    pretrain, train, test = _split(splits, settings.seed)
+    batch_size = _batch_size(len(pretrain), settings.batch_size)
+    data = ImageData(pretrain, train, test, classes, batch_size, name, *limits)
     data.broken = broken
     return data
+
+
+def _batch_size(images: int, given: int | None) -> int:
+    """The given batch size; by default 256, or all images if there are fewer."""
+    if given is None and images < DEFAULT_BATCH:
+        log.info("data: data.batch_size is %d, the number of images, as there are fewer than %d", images, DEFAULT_BATCH)
+    return min(images, DEFAULT_BATCH) if given is None else given
 
 
 def _compare_classes(found: dict[str, Split]) -> None:

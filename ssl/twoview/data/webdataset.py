@@ -5,7 +5,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from twoview.data.decode import SUFFIXES
 from twoview.data.image_data import ImageData
 from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
 from twoview.errors import UserError, require
+from twoview.files import open_regular
 
 
 class TarImages(Sequence[bytes]):
@@ -67,11 +68,12 @@ def _read_index(root: Places, knob: str) -> Split:
     where, names = [], []
     for number, file in enumerate(files):
         try:
-            with tarfile.open(file, "r:") as shard:
+            with open_regular(file) as handle, tarfile.open(fileobj=handle, mode="r:") as shard:
                 for image, name in _samples(shard):
                     where.append((number, image.offset_data, image.size))
                     names.append(name)
-        except (tarfile.TarError, OSError, EOFError) as error:
+                _check_end(shard, handle)
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{knob}: {file} cannot be read as an uncompressed tar file ({error}); unpack, repair or remove it"
             ) from error
@@ -99,10 +101,19 @@ def _samples(shard: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str | No
             yield image, label
 
 
+def _check_end(shard: tarfile.TarFile, handle: BinaryIO) -> None:
+    """Refuse a shard with more content than was read: tarfile ends at a damaged header as at the end of the archive."""
+    handle.seek(shard.offset)
+    end = handle.read()
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        what = "a damaged header, or further content" if any(end) else "the file is incomplete"
+        raise tarfile.ReadError(f"{what} at byte {shard.offset}")
+
+
 def _json_label(text: str) -> str | None:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
     return None if label is None else str(label)

@@ -158,6 +158,7 @@ def _load(data: Data, architecture: dict[str, Any]) -> ImageData:
     message = f"images of {images.channels}x{found}x{found} do not fit a backbone"
     fit = (images.channels, found) == (channels, size)
     require(fit, f"data: {message} made for in_chans={channels}, image_size={size}")
+    require(number > 1, f"data: {images.name} has {number} image to learn from; contrastive learning needs at least 2")
     message = f"{images.name} has {number} images to learn from; choose 2 to {number}"
     require(2 <= batch <= number, f"data.batch_size={batch}: {message}")
     return images
