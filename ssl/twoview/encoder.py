@@ -33,8 +33,8 @@ class ModelCard:
         backbone: arguments of :func:`twoview.backbones.create_backbone` that build the architecture.
         image_size: height and width of the network's input in pixels.
         channels: number of channels C of the network's input.
-        store_size: size in pixels that the short side of an image is resized to before the center square of
-            ``image_size`` pixels is cropped; None for ``image_size``.
+        store_size: short side in pixels that an image is resized to; then the center square of ``image_size`` pixels is
+            cropped. None for ``image_size``.
         mean: mean of each of the C channels on the scale [0, 1], for normalization; None if not known.
         std: standard deviation of each channel on the same scale; None if not known.
         data: name of the training data; empty if not known.
@@ -229,8 +229,9 @@ def load(
     Args:
         source: a run folder, from which the last checkpoint is loaded; a checkpoint file; "timm:NAME" for a network
             with the weights published by timm; or "random:NAME" for a network at random initialization.
-        image_size: height and width of the network's input in pixels. Required for "random:NAME". None for the size in
-            the checkpoint or of the published weights. For a checkpoint, another size is an error.
+        image_size: height and width of the network's input in pixels. Required for "random:NAME". None: the size
+            that the checkpoint stores, or the input size of the published weights. For a checkpoint, another size is an
+            error.
         channels: number of channels C of the network's input. None for the number in the checkpoint, or 3 without a
             checkpoint. For a checkpoint, another number is an error.
         store_size: None, or the ``store_size`` of the checkpoint, see :class:`ModelCard`; another size is an error.

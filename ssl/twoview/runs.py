@@ -204,9 +204,9 @@ def finetune(
         data: labeled images, or a function that loads them, called with ``image_size`` and ``channels``.
         augment: builds the views; only the first view is used.
         optimizer: optimizer settings; ``lr`` is replaced by the best of ``settings.learning_rates``.
-        schedule: factor of the learning rate as a function of completed epochs and number of epochs.
+        schedule: factor of the learning rate as a function of completed and total epochs.
         settings: share of the labels, epochs and learning rates.
-        seed: seed of classifier, image order, views and held-out split; all seeds use the same labels.
+        seed: seed of classifier, image order, views and held-out split; which labels are used does not depend on it.
         run_dir: folder for ``report.json``; created if missing.
 
     Returns:

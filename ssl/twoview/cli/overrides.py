@@ -63,7 +63,7 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
         sweep: whether the command is a sweep, in which ``a=1,2`` means two runs.
 
     Returns:
-        The overrides for Hydra. Keys inside a mapping that accepts any key, such as ``augment.view_b``, get the prefix
+        The overrides for Hydra. A key inside an empty mapping, such as ``augment.view_b.blur_p``, gets the prefix
         ``++``.
 
     Raises:

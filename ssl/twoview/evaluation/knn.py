@@ -20,7 +20,8 @@ class KNN(Measure):
     Args:
         k: numbers of neighbors to choose from, > 0.
         temperature: temperatures to choose from, > 0; the weight of a vote is exp(cosine similarity / temperature).
-        class_weights: "balanced" gives all classes equal weight in the choice, "none" gives all images equal weight.
+        class_weights: weights in the accuracy by which k and temperature are chosen, "balanced" for equal weights of
+            all classes, "none" for equal weights of all images.
 
     Raises:
         UserError: if a value is out of range.
