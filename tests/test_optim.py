@@ -49,6 +49,23 @@ def test_values_out_of_range_are_refused(knobs, named):
         OptimizerSettings(torch.optim.SGD, **knobs)
 
 
+@pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        (torch.nn.Linear(2, 2), ["biases and norms", "weights"]),
+        (torch.nn.Linear(2, 2, bias=False), ["weights"]),
+        (torch.nn.LayerNorm(2), ["biases and norms"]),
+    ],
+)
+def test_a_kind_of_parameters_that_is_missing_has_no_group(network, names, weight_decay, factory):
+    optimizer = OptimizerSettings(factory, weight_decay=weight_decay).build(network, 256)
+    assert [group["name"] for group in optimizer.param_groups] == names
+    assert [group["weight_decay"] for group in optimizer.param_groups][-1] == weight_decay * ("weights" in names)
+    assert len(describe_groups(optimizer)) == len(names)
+
+
 def test_lars_without_decay_is_refused():
     with pytest.raises(UserError, match=r"optimizer.weight_decay=0: LARS"):
         OptimizerSettings(partial(Lars, momentum=0.9), lr=0.3, weight_decay=0.0)

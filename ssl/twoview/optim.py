@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from timm.optim import Lars, param_groups_weight_decay
+from timm.optim import Lars
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -67,9 +67,11 @@ class OptimizerSettings:
         Raises:
             UserError: if the factory raises a ``TypeError`` or ``ValueError``.
         """
-        groups = param_groups_weight_decay(module, self.weight_decay)
-        for group, name in zip(groups, ("biases and norms", "weights"), strict=True):
-            group["name"] = name
+        decays: dict[str, float] = {"biases and norms": 0.0, "weights": self.weight_decay}
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": d, "name": name} for name, d in decays.items()]
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                groups[parameter.ndim > 1 and not name.endswith(".bias")]["params"].append(parameter)
         lr = scaled_lr(self.lr, global_batch, self.lr_scaling)
         try:
             optimizer = self.factory([g for g in groups if g["params"]], lr=lr)
