@@ -26,6 +26,14 @@ def test_effective_rank_of_orthogonal_groups_is_their_number(rank):
     assert metrics.effective_rank(z) == pytest.approx(rank, rel=1e-4)
 
 
+def test_effective_rank_is_rankme_of_the_paper():
+    z = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[:, 5:] = 0
+    s = torch.linalg.svdvals(z)
+    p = [float(x / s.sum()) + 1e-7 for x in s]
+    assert metrics.effective_rank(z) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-12)
+
+
 def test_effective_rank_of_zeros_is_zero():
     assert metrics.effective_rank(torch.zeros(4, 3)) == 0
 

@@ -53,8 +53,8 @@ def uniformity(z: Tensor) -> float:
 def effective_rank(z: Tensor) -> float:
     """RankMe: exponential of the entropy of the normalized singular values, in [1, min(N, D)].
 
-    Garrido et al. 2023, arXiv:2210.02885, eq. 1. The estimate needs at least 10 D rows. Only values of runs of the same
-    method are comparable.
+    Garrido et al. 2023, arXiv:2210.02885, eq. 1, with its epsilon of 1e-7. The estimate needs at least 10 D rows. Only
+    values of runs of the same method are comparable.
 
     Args:
         z: ``[N, D]`` embeddings, not centered.
@@ -70,7 +70,7 @@ def effective_rank(z: Tensor) -> float:
     s = torch.linalg.svdvals(z)
     if float(s.sum()) == 0:
         return 0.0
-    p = s / s.sum() + torch.finfo(s.dtype).tiny
+    p = s / s.sum() + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
 
