@@ -136,7 +136,8 @@ class Pretraining(L.LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Set the learning rate, and update the weights and the state of the method."""
-        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        batches = self.trainer.accumulate_grad_batches
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / batches)
         factor = self.schedule(self.global_step / steps_per_epoch, self.total_steps / steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -148,6 +149,10 @@ class Pretraining(L.LightningModule):
             self.no_update = False
             self.batches_without_step += 1
             return
+        if (accumulated := batch_idx % batches + 1) < batches:
+            # Lightning divides the loss of each batch by ``batches``, but the last step of an epoch has fewer.
+            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, batches / accumulated)
         super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
         self.method.after_update((self.global_step + 1) / self.total_steps)
 
