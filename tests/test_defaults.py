@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 from twoview.augment import TwoViews, ViewRecipe
 from twoview.data.splits import LoadSettings
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
-from twoview.losses import VariantParameters, info_nce_rows
+from twoview.losses import info_nce_rows
 from twoview.training.settings import Recipe
+from twoview.variants import VariantParameters
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = {

@@ -5,10 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from twoview.losses import (
-    VARIANTS,
     batch_nce,
     chance_level,
-    check_loss_arguments,
     clip_loss,
     info_nce,
     info_nce_rows,
@@ -17,6 +15,7 @@ from twoview.losses import (
     nt_xent,
     sup_con,
 )
+from twoview.variants import VARIANTS, check_loss_arguments
 
 
 def pair(n, d, dtype=torch.float64, seed=0):

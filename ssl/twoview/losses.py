@@ -6,21 +6,12 @@ gradients are finite for temperatures >= 1e-3, also if an embedding is zero.
 """
 
 import math
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-Variant = Literal["infonce", "dcl", "dclw", "debiased", "hard"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
-
-
-class VariantParameters(TypedDict, total=False):
-    """Parameters of the loss variants; see :func:`info_nce_rows` for formulas and default values."""
-
-    sigma: float
-    tau_plus: float
-    beta: float
+from twoview.variants import Variant, VariantParameters, check_loss_arguments
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -32,6 +23,11 @@ def l2_normalize(x: Tensor) -> Tensor:
                 [0.0000, 0.0000]])
     """
     x = x if x.dtype == torch.float64 else x.float()
+    norm, number = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True), torch.finfo(x.dtype)
+    # Rows whose squares would under- or overflow are scaled first, all others divided by exactly 1.
+    ordinary = (norm > math.sqrt(number.tiny / number.eps)) & (norm < math.inf)
+    largest = x.detach().abs().amax(1, keepdim=True)
+    x = x / torch.where(ordinary | (largest == 0), 1.0, largest)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     # F.normalize divides a zero row by 1e-12. The resulting gradient of 1e12 overflows in half precision.
     return x / torch.where(norm > 0, norm, 1.0)
@@ -221,9 +217,9 @@ def info_nce_rows(
     valid: Tensor,
     temperature: float,
     variant: Variant = "infonce",
-    sigma: float = 0.5,
-    tau_plus: float = 0.1,
-    beta: float = 1.0,
+    sigma: float | None = None,
+    tau_plus: float | None = None,
+    beta: float | None = None,
 ) -> Tensor:
     """Contrastive loss of each row, computed from similarities to its positive and to its negatives.
 
@@ -243,15 +239,15 @@ def info_nce_rows(
         valid: boolean ``[N, M]``, true where a column is a negative of the row.
         temperature: softmax temperature, > 0.
         variant: name of the formula, one of the above.
-        sigma: width of the weights of "dclw", > 0.
-        tau_plus: assumed share of false negatives for "debiased" and "hard", in [0, 1).
-        beta: concentration on hard negatives for "hard", >= 0.
+        sigma: width of the weights of "dclw", > 0; None for 0.5.
+        tau_plus: assumed share of false negatives for "debiased" and "hard", in [0, 1); None for 0.1.
+        beta: concentration on hard negatives for "hard", >= 0; None for 1.
 
     Returns:
         ``[N]`` losses in the dtype of ``similarity``; a row without negatives has loss 0 and no gradient.
 
     Raises:
-        ValueError: if a parameter is out of range or the variant is unknown.
+        ValueError: if a parameter is out of range or belongs to another variant, or the variant is unknown.
 
     Example:
         >>> similarity = torch.tensor([[0.5, -0.5, 1.0], [0.5, -0.5, 1.0]])
@@ -259,7 +255,7 @@ def info_nce_rows(
         >>> info_nce_rows(torch.tensor([1.0, 1.0]), similarity, valid, temperature=0.5)
         tensor([0.3490, 0.0000])
     """
-    check_loss_arguments(temperature, variant, sigma, tau_plus, beta)
+    parameters = check_loss_arguments(temperature, variant, sigma, tau_plus, beta)
     if similarity.shape[1] == 0:
         return positive * 0
     count = valid.sum(1)
@@ -278,12 +274,13 @@ def info_nce_rows(
         case "dcl":
             loss = log_sum(1) - s_positive
         case "dclw":
-            weight = 2 - torch.softmax(positive / sigma, 0) * len(positive)
+            weight = 2 - torch.softmax(positive / parameters["sigma"], 0) * len(positive)
             loss = log_sum(1) - weight.detach() * s_positive
         case "debiased" | "hard":
             log_count = count.clamp(min=1).to(similarity.dtype).log()
-            log_mean = log_sum(1) - log_count if variant == "debiased" else log_sum(1 + beta) - log_sum(beta)
-            log_g = _log_debiased(log_mean, s_positive, tau_plus, floor=-1 / temperature)
+            weight_of = parameters.get("beta")
+            log_mean = log_sum(1) - log_count if weight_of is None else log_sum(1 + weight_of) - log_sum(weight_of)
+            log_g = _log_debiased(log_mean, s_positive, parameters["tau_plus"], floor=-1 / temperature)
             loss = torch.logaddexp(s_positive, log_g + log_count) - s_positive
     return torch.where(any_negative, loss, 0.0)
 
@@ -302,28 +299,6 @@ def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") ->
     counts = torch.as_tensor(valid_negatives).cpu().double()  # some devices have no float64
     decoupled = variant in ("dcl", "dclw")
     return float(torch.log(counts.clamp(min=1) if decoupled else 1 + counts).mean())
-
-
-def check_loss_arguments(
-    temperature: float, variant: str = "infonce", sigma: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0
-) -> None:
-    """Check the range of the parameters of :func:`info_nce_rows`.
-
-    Raises:
-        ValueError: if an argument is out of range; the message is "NAME=VALUE: ADVICE".
-
-    Example:
-        >>> check_loss_arguments(temperature=0.2, variant="debiased", tau_plus=0.05)
-    """
-    for name, value, in_range, advice in (
-        ("temperature", temperature, 0 < temperature < math.inf, "must be above 0, such as 0.1 or 0.5"),
-        ("variant", variant, variant in VARIANTS, f"choose one of {', '.join(VARIANTS)}"),
-        ("sigma", sigma, 0 < sigma < math.inf, "must be above 0, such as 0.5"),
-        ("tau_plus", tau_plus, 0 <= tau_plus < 1, "must be at least 0 and below 1, such as 0.1"),
-        ("beta", beta, 0 <= beta < math.inf, "must be at least 0, such as 1.0"),
-    ):
-        if not in_range:
-            raise ValueError(f"{name}={value}: {advice}")
 
 
 def _log_debiased(log_mean: Tensor, s_positive: Tensor, tau_plus: float, floor: float) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from twoview.errors import require_at_least
+from twoview.losses import l2_normalize
 
 
 class NegativeQueue(nn.Module):
@@ -73,7 +74,7 @@ class NegativeQueue(nn.Module):
         self.cursor.fill_((int(self.cursor) + len(keys)) % size)
         keys, ids = keys[-size:], ids[-size:]
         slots = torch.arange(first, first + len(keys), device=self.keys.device) % size
-        self.keys[slots] = nn.functional.normalize(keys.to(self.keys.dtype), dim=1)
+        self.keys[slots] = l2_normalize(keys.to(self.keys.dtype))
         self.ids[slots] = ids.to(self.ids.device)
         self.pushed_at[slots] = self.pushes
         self.filled.fill_(min(size, len(self) + len(keys)))

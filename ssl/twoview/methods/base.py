@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from twoview.backbones import sync_batch_norm
 from twoview.distributed import gather, rank_and_world
 from twoview.errors import UserError, require, require_choice
-from twoview.losses import VariantParameters, check_loss_arguments
 from twoview.methods.groups import in_groups
 from twoview.metrics import in_batch_logs
+from twoview.variants import VariantParameters, check_loss_arguments
 
 
 class Encoded(NamedTuple):

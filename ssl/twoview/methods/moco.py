@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from twoview.heads import output_width
-from twoview.losses import Variant, VariantParameters, chance_level, info_nce, l2_normalize
+from twoview.losses import chance_level, info_nce, l2_normalize
 from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_momentum, gathered
 from twoview.methods.groups import in_groups, in_shuffled_groups
 from twoview.metrics import contrastive_logs
 from twoview.momentum import MomentumCopy, Statistics
 from twoview.negatives import NegativeQueue
 from twoview.schedules import cosine_ramp
+from twoview.variants import Variant, VariantParameters
 
 
 class MoCo(Method):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from twoview.errors import require_choice
-from twoview.losses import Variant, VariantParameters, chance_level, nt_xent, positive_mask
+from twoview.losses import chance_level, nt_xent, positive_mask
 from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
+from twoview.variants import Variant, VariantParameters
 
 
 class SimCLR(Method):
