@@ -124,6 +124,16 @@ def test_a_fifo_in_a_folder_is_refused(work):
     assert run(work, "resume=runs/r").refused("is a link or a special file")
 
 
+REPORTS = ["", "[]", '"x"', "{}", '{"versions": []}', '{"identity": 1, "data_fingerprint": {}, "versions": null}', "\0"]
+
+
+@pytest.mark.parametrize("content", REPORTS, ids=range(len(REPORTS)))
+def test_an_odd_report_is_none(work, content):
+    (work / "runs/r/report.json").write_text(content)
+    found = run(work, "resume=runs/r", "trainer.max_steps=6", limit=60)
+    assert found.code == 0, found
+
+
 REFUSED = {
     "seed=3": "seed was 0, is 3",
     "optimizer.lr=0.1": "optimizer.lr was 0.004, is 0.1",

@@ -97,9 +97,9 @@ def finished_report(run_dir: Path, conditions: Conditions) -> dict[str, Any] | N
         return None
     try:
         report: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
-    except (OSError, ValueError):
+        found = (report["identity"], report["data_fingerprint"], report["versions"]["twoview"])
+    except (OSError, ValueError, KeyError, TypeError):  # no report, or not one of ours
         return None
-    found = (report.get("identity"), report.get("data_fingerprint"), report.get("versions", {}).get("twoview"))
     return report if found == (conditions.identity, conditions.conditions["data"], __version__) else None
 
 
