@@ -178,6 +178,23 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
     return int(shape[1])
 
 
+def check_patches(network: nn.Module, image_size: int) -> None:
+    """Refuse image sizes that the patches of a network do not divide; it would ignore the remaining pixels.
+
+    Raises:
+        UserError: if the size is not a multiple of the size of the patches.
+
+    Example:
+        >>> check_patches(create_backbone("vit_tiny_patch16_224", image_size=32)[0], image_size=32)
+    """
+    embeddings = (m for m in network.modules() if isinstance(m, timm.layers.PatchEmbed) and not m.dynamic_img_pad)
+    for size in (size for embedding in embeddings for size in embedding.patch_size):
+        message = (
+            f"cannot be divided into patches of {size} pixels; choose a multiple, or backbone.options.patch_size=N"
+        )
+        require(image_size % size == 0, f"data.image_size={image_size}: {message}")
+
+
 def is_depthwise(network: nn.Module) -> bool:
     """Return whether most convolutions are depthwise or grouped. On a CPU, these are slower in bf16 than in fp32.
 
@@ -197,7 +214,8 @@ def _build(
     sizes: list[dict[str, int]] = [{"img_size": image_size}, {}]
     if small and "patch_size" not in arguments:
         # Eight patches per side. ViT-S/16 has 14 patches per side at 224 pixels, but only 2 at 32 pixels.
-        sizes.insert(0, {"img_size": image_size, "patch_size": max(1, image_size // 8)})
+        patch_size = next(p for p in range(max(1, image_size // 8), 0, -1) if image_size % p == 0)
+        sizes.insert(0, {"img_size": image_size, "patch_size": patch_size})
     for size in sizes:
         try:
             return timm.create_model(name, **arguments, **size), {k: v for k, v in size.items() if k == "patch_size"}

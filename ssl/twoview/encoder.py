@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from twoview import __version__
-from twoview.backbones import at_random, build_arguments, create_backbone, published_input
+from twoview.backbones import at_random, build_arguments, check_patches, create_backbone, published_input
 from twoview.data import Images, LazyImages, Preprocess, TensorImages, in_order
 from twoview.errors import UserError, require
 from twoview.torch_files import load_torch
@@ -320,6 +320,7 @@ def _from_timm(source: str, image_size: int | None, channels: int, weights: str 
     except UserError as error:  # the message names knobs of pretraining: replace them by the knobs of this task
         message = str(error).replace("backbone.pretrained=true", f"checkpoint={source}")
         raise UserError(message.replace("backbone.weights", "weights")) from error
+    check_patches(network, image_size)
     card = ModelCard(f"{kind} {name}", build_arguments(network), image_size, channels, None, mean, std)
     return Encoder(network.eval(), card, str(weights or source))
 

@@ -5,6 +5,7 @@ import csv
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,10 +27,24 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows as CSV by :func:`write_atomically`; the first row holds the names of the columns."""
+    """Write rows as CSV by :func:`write_atomically`; the first row holds the names of the columns.
+
+    Cells are written so that no spreadsheet takes a text for a formula: an apostrophe precedes a text, other than a
+    number, that begins with one of ``= + - @``, and control characters are escaped.
+    """
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows([_cell(value) for value in row] for row in rows)
     write_atomically(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError):
+        float(value)
+        return value
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def write_atomically(

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from twoview.errors import require
+
 
 def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float = 10.0, end: float = 0.0) -> float:
     """Compute the factor of the base learning rate: linear warm-up, then cosine decay to ``end``.
@@ -24,6 +26,8 @@ def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float = 10.0, end:
         >>> [round(warmup_cosine(e, 100), 3) for e in (0, 5, 10, 55, 100)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
+    require(warmup_epochs >= 0, f"scheduler.warmup_epochs={warmup_epochs}: must be at least 0")
+    require(0 <= end <= 1, f"scheduler.end={end}: must lie between 0 and 1, such as 0.1")
     warmup = min(warmup_epochs, epochs / 5)
     if epoch < warmup:
         return epoch / warmup

@@ -57,14 +57,17 @@ class ViewRecipe:
                 object.__setattr__(self, field.name, tuple(value))
         for knob in _PROBABILITIES:
             value = getattr(self, knob)
-            require(0 <= value <= 1, f"augment.{knob}={value}: a probability lies between 0 and 1")
+            possible = isinstance(value, int | float) and 0 <= value <= 1
+            require(possible, f"augment.{knob}={value}: a probability lies between 0 and 1")
         for knob, upper in (("crop_scale", 1), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
-            low, high = getattr(self, knob)
-            message = f"give [smallest, largest] above 0 up to {upper}"
-            require(0 < low <= high <= upper, f"augment.{knob}={[low, high]}: {message}")
-        jitter = list(self.jitter)
-        possible = len(jitter) == 4 and all(x >= 0 for x in jitter) and jitter[3] <= 0.5
-        require(possible, f"augment.jitter={jitter}: give brightness, contrast, saturation (>= 0), hue (0 to 0.5)")
+            limits = getattr(self, knob)
+            possible = _are_numbers(limits, 2) and 0 < limits[0] <= limits[1] <= upper
+            require(possible, f"augment.{knob}={_shown(limits)}: give [smallest, largest] above 0 up to {upper}")
+        jitter: Any = self.jitter
+        possible = _are_numbers(jitter, 4) and all(x >= 0 for x in jitter) and jitter[3] <= 0.5
+        require(
+            possible, f"augment.jitter={_shown(jitter)}: give brightness, contrast, saturation (>= 0), hue (0 to 0.5)"
+        )
         require_choice("augment", ("bilinear", "bicubic"), interpolation=self.interpolation)
 
     def adjusted(self, channels: int, allow_flip: bool, min_crop_area: float) -> Self:
@@ -96,3 +99,11 @@ class ViewRecipe:
         unknown = ", ".join(sorted(changes.keys() - set(names)))
         require(not unknown, f"augment.view_b: unknown {unknown}; choose from {', '.join(names)}")
         return replace(self, **changes)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, tuple) and len(values) == count and all(isinstance(x, int | float) for x in values)
+
+
+def _shown(values: Any) -> Any:
+    return list(values) if isinstance(values, tuple) else values

@@ -1,8 +1,10 @@
 """Command line: entry point, execution of one job, and printed report."""
 
+import io
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -41,12 +44,19 @@ def main() -> None:
         SystemExit: exit code 2 after a :class:`UserError`, 1 if a run of a sweep failed, 130 after Ctrl-C, and
             otherwise the code of :class:`Interrupted`.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
     verbose = [_VERBOSE] if len(arguments) < len(sys.argv[1:]) else []
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [quoted(a) for a in arguments if not a.startswith("-")]
     sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
     try:
+        for flag in (a for a in get_args_parser().parse_known_args(arguments)[1] if a.startswith("-")):
+            raise UserError(
+                f"{flag}: there is no such option; write {flag.lstrip('-')}{'' if '=' in flag else '=VALUE'}"
+            )
         overrides = resolve_resume(overrides, sweep)
         # With other flags, Hydra starts no run: help, printed configuration, shell completion.
         if sweep or not flags:
@@ -62,8 +72,8 @@ def main() -> None:
             failed = sweeps.summarize(folder) if folder is not None and folder.is_dir() else 0
     except UserError as error:
         _end(error, 2)
-    except KeyboardInterrupt:
-        _end("stopped", 130)
+    except KeyboardInterrupt as stop:
+        _end(stop.args[0] if stop.args else "stopped", 130)
     if failed:
         sys.exit(1)
 
@@ -80,7 +90,7 @@ def _job(cfg: DictConfig) -> float | None:
     try:
         report = sweeps.run_ranks() if sweep and cfg.get("trainer", {}).get("devices", 1) > 1 else _run(cfg, sweep)
         figures = report.get("figures", {})
-        name = name or next(iter(figures), None)
+        name = name or next((key for key, value in figures.items() if value is not None), None)
         figure = figures.get(name)
         figure = figure if figure is not None and math.isfinite(figure) else None
     except Interrupted as stop:
@@ -98,7 +108,7 @@ def _job(cfg: DictConfig) -> float | None:
         mistake = str(user_error or f"{type(error).__name__}: {error}")
     if sweep:
         folder = os.path.relpath(job.runtime.output_dir)
-        sweeps.record(job.job.num, job.overrides.task, folder, str(name), figure, mistake)
+        sweeps.record(job.job.num, job.overrides.task, folder, name, figure, mistake)
     return figure
 
 
@@ -112,6 +122,8 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
 
     select_by, choices = cfg.get("select_by"), ", ".join(SELECTABLE)
     require(select_by in (None, *SELECTABLE), f"select_by={select_by}: choose one of {choices}")
+    measured = select_by is None or re.sub("val/|_top1", "", select_by) in cfg.eval.parts
+    require(measured, f"select_by={select_by}: this is not among eval.parts={cfg.get('eval', {}).get('parts')}")
     require(0 <= cfg.seed < 2**32, f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     if rank != "0":

@@ -21,7 +21,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1] / "conf"
 
 # Knobs that have a default value and accept null.
-_NULLABLE = ("trainer.max_epochs", "trainer.max_time", "select_by", "eval.cache")
+_NULLABLE = ("trainer.max_epochs", "trainer.max_time", "eval.cache")
+
+# Nodes whose keys may be added and removed: settings of other libraries, of which conf/ lists only some.
+_OPEN = re.compile(r"(hydra|logger|optimizer\.factory)\b.")
 
 # Plugins of Hydra (launchers and sweepers), and the optional dependencies that install them.
 _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "optuna": "optuna"}
@@ -72,11 +75,14 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
     parser = OverridesParser.create()
     parsed: list[Override] = []
     others: list[Override] = []  # the second and later values of a sweep
+    first: dict[str, str] = {}
     for text in overrides:
         try:
             override = parser.parse_override(text)
         except HydraException:
             raise UserError(f"{text}: write KEY=VALUE, such as method.temperature=0.2") from None
+        before = first.setdefault(override.key_or_group, text)
+        require(text == before, f"{before} {text}: {override.key_or_group} is given twice; leave one of them out")
         if override.is_sweep_override():
             require(sweep, f"{text}: several values are a sweep; add -m, or quote the value if it is a single one")
             if not override.is_discrete_sweep():
@@ -96,13 +102,17 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
             raise UserError(str(error).splitlines()[0]) from None
         if missing := [key for key, value in _knobs(cfg).items() if value == "???"]:
             raise UserError(f"{missing[0]} is missing: give {missing[0]}=VALUE")
+        _check_effects(first, cfg)
     return [_free(text, knobs) for text in overrides]
 
 
 def _check_choices(overrides: list[Override]) -> None:
     for override in overrides:
         group, choice, choices = override.key_or_group, override.value(), _choices(override.key_or_group)
-        if choices and choice is not None and choice not in choices:
+        removable = not override.is_delete() or _OPEN.match(group)
+        require(removable, f"~{group}: only a logger can be removed, such as ~logger.tensorboard; leave it out")
+        if choices and choice not in choices and not override.is_delete():
+            choice = "null" if choice is None else choice
             extra = _PLUGINS.get(str(choice)) if group.startswith("hydra/") else None
             require(not extra, f'{group}={choice}: this plugin is not installed; pip install "twoview[{extra}]"')
             advice = f"{_nearest(str(choice), choices)}choose one of {', '.join(choices)}"
@@ -129,7 +139,8 @@ def _free(text: str, knobs: Mapping[str, Any]) -> str:
 
 def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
     key, value = override.key_or_group, override.value()
-    if override.is_add() or override.is_delete() or key.startswith("hydra") or _choices(key):
+    added = override.is_add() or override.is_force_add()
+    if override.is_delete() or key.startswith("hydra") or _choices(key) or (added and _OPEN.match(key)):
         return
     if key not in knobs and _free(key, knobs) == key:
         near = _nearest(key, [*knobs, *GlobalHydra.instance().config_loader().list_groups("")])
@@ -139,6 +150,19 @@ def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
     require(value is not None or nullable, f"{key}=null: this knob needs a value, such as {before}")
     wanted = next((words for kind, words in _KINDS.items() if isinstance(before, kind)), "")
     require(value is None or _fits(before, value), f"{key}={value}: give {wanted}, such as {before}")
+
+
+def _check_effects(given: Iterable[str], cfg: DictConfig) -> None:
+    """Refuse knobs that were given and that this configuration replaces or cuts off."""
+    lr, warmup, epochs = (
+        OmegaConf.select(cfg, key) for key in ("optimizer.lr", "scheduler.warmup_epochs", "trainer.max_epochs")
+    )
+    replaced = "optimizer.lr" in given and "finetune" in cfg
+    require(
+        not replaced, f"optimizer.lr={lr}: task=finetune chooses one of finetune.learning_rates; give these instead"
+    )
+    longer = "scheduler.warmup_epochs" in given and epochs is not None and warmup > epochs
+    require(not longer, f"scheduler.warmup_epochs={warmup}: longer than the run of trainer.max_epochs={epochs}")
 
 
 def _fits(before: Any, value: Any) -> bool:

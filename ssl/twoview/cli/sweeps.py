@@ -77,7 +77,7 @@ def run_ranks() -> Mapping[str, Any]:
 
 
 def record(
-    number: int, overrides: Sequence[str], folder: str, name: str, figure: float | None, mistake: str | None
+    number: int, overrides: Sequence[str], folder: str, name: str | None, figure: float | None, mistake: str | None
 ) -> None:
     """Write the outcome of one run to a file; no-op outside of a sweep.
 
@@ -85,7 +85,7 @@ def record(
         number: index of the run in its sweep.
         overrides: overrides of the run, such as ``seed=1``.
         folder: run folder.
-        name: name of the metric that the sweep optimizes, such as ``val/linear_top1``.
+        name: name of the metric that the sweep optimizes, such as ``val/linear_top1``; None if there is none.
         figure: value of the metric; None if there is no value.
         mistake: error message of a failed run; None if the run succeeded.
     """
@@ -137,12 +137,13 @@ def summarize(folder: Path) -> int:
     import rich.table  # only needed at the end of a sweep
 
     runs = outcomes(folder)
-    names, figures = [*runs[0]["overrides"], "seed"], [runs[0]["name"], "mean", "deviation"]
+    name = next((run["name"] for run in runs if run["name"]), "figure")
+    names, figures = [*runs[0]["overrides"], "seed"], [name, "mean", "deviation"]
     keys = ("seed", "figure", "mean", "deviation", "mistake", "folder")
     rows = [[*run["overrides"].values(), *(run[key] for key in keys)] for run in runs]
     write_csv(folder / "table.csv", [[*names, *figures, "mistake", "folder"], *rows])
     columns = [*names, *(rich.table.Column(name, justify="right") for name in figures)]
-    table = rich.table.Table(*columns, title=f"{runs[0]['name']} of {len(runs)} runs")
+    table = rich.table.Table(*columns, title=f"{name} of {len(runs)} runs")
     for values in dict.fromkeys(tuple(run["overrides"].values()) for run in runs):
         same = [run for run in runs if tuple(run["overrides"].values()) == values]
         shown = ("failed" if run["mistake"] else _percent(run["figure"]) for run in same)

@@ -200,11 +200,13 @@ def gathered(*tensors: Tensor) -> list[Tensor]:
 
 
 def check_momentum(start: float, end: float | None) -> None:
-    """Check that a momentum is in [0, 1]; ``end`` may be None.
+    """Check that a momentum is in [0, 1) at the start and in [0, 1] at the end; ``end`` may be None.
 
     Raises:
         UserError: if a value is out of range.
     """
+    fixed = "the key encoder would never change; choose a value below 1, and method.momentum_end=1 to end there"
+    require(start != 1, f"method.momentum={start}: {fixed}")
     for knob, value in (("momentum", start), ("momentum_end", end)):
         fits = value is None or 0 <= value <= 1
         require(fits, f"method.{knob}={value}: must lie between 0 and 1, such as 0.99")

@@ -25,7 +25,7 @@ class MoCo(Method):
         temperature: softmax temperature, > 0; 0.07 in v1, 0.2 in v2.
         variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
         queue_size: number K of stored keys, >= 1. Stored keys of the same image are not negatives of a query.
-        momentum: momentum of the key encoder at the start, in [0, 1].
+        momentum: momentum of the key encoder at the start, in [0, 1).
         momentum_end: momentum at the end of the run, reached along half a cosine; None for a constant momentum.
         symmetric: whether both views serve as queries and as keys; 2N keys are then stored per batch.
         statistics: source of the running statistics of BatchNorm in the key encoder, see

@@ -23,7 +23,7 @@ class MoCoV3(Method):
         head: projection head, ``[N, F] -> [N, D]``.
         predictor: function of D that builds the prediction head, ``[N, D] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.2 for transformers and 1.0 for ResNets in the paper.
-        momentum: momentum of the key encoder at the start, in [0, 1].
+        momentum: momentum of the key encoder at the start, in [0, 1).
         momentum_end: momentum at the end of the run, in [0, 1], reached along half a cosine.
         freeze_patch_embedding: whether the patch projection of a vision transformer stays at its random initialization,
             which stabilizes training (section 4).

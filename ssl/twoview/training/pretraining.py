@@ -1,6 +1,7 @@
 """A pretraining run: check all settings, then train."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from torch.utils.data import Dataset
 
-from twoview.backbones import build_arguments
+from twoview.backbones import build_arguments, check_patches
 from twoview.data import ImageData, from_dataset, split_holdout
 from twoview.devices import device_capability, device_name
 from twoview.encoder import Encoder, ModelCard, hidden_labels, versions
@@ -80,9 +81,13 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     run_dir = Path(run.run_dir)
     L.seed_everything(run.seed, workers=True, verbose=False)
     network, width = recipe.backbone()
-    method = recipe.method(network, recipe.head(width))
     architecture = build_arguments(network)
+    check_patches(network, architecture["image_size"])
+    method = recipe.method(network, recipe.head(width))
     images = _load(data, architecture)
+    missing = f"{images.name} has none; give labels, or choose a method without them"
+    unused = images.train is not None or not method.uses_labels
+    require(unused, f"method: {type(method).__name__} uses labels, {missing}")
     card = _card(architecture, method, images, run.seed, holdout)
     encoder = Encoder(method.backbone, card)
     views = recipe.augment(**images.view_limits())
@@ -199,6 +204,13 @@ def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> Non
     world, device = trainer.world_size, trainer.strategy.root_device.type
     message = f"cannot be divided among {world} processes; choose a multiple of their number"
     require(images.batch_size % world == 0, f"data.batch_size={images.batch_size}: {message}")
+    number, accumulated = len(images.pretrain) // images.batch_size, trainer.accumulate_grad_batches
+    require(accumulated <= number, f"trainer.accumulate={accumulated}: an epoch has {number} batches; choose fewer")
+    cores = os.cpu_count() or 1
+    if device == "cpu" and trainer.num_devices > cores:
+        log.warning(
+            "trainer.devices=%d: more processes than cores (%d), so training is slow", trainer.num_devices, cores
+        )
     unsynced = method.bn != "sync" or device == "cuda"
     require(unsynced, f"method.bn=sync: needs a GPU, not {device}; choose plain or split")
 

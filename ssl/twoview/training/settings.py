@@ -42,6 +42,9 @@ class Recipe:
     optimizer: OptimizerSettings = OptimizerSettings()  # noqa: RUF009 (frozen)
     schedule: Callable[[float, float], float] = warmup_cosine
 
+    def __post_init__(self) -> None:
+        self.schedule(0.0, 1.0)  # refuses values out of range
+
 
 @dataclass(frozen=True)
 class RunSettings:

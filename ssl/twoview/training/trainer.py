@@ -96,6 +96,10 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, ch
     environment, threads = dict(os.environ), torch.get_num_threads()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # after which Lightning exits with 1
+            raise stop.__context__ from None
+        raise
     except (MemoryError, RuntimeError) as error:
         matched = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not matched:

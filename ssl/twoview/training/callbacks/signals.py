@@ -79,5 +79,5 @@ class SignalHandler(L.Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"stopped at once; continue with resume={self.save.folder.parent}")
         self.received = number
