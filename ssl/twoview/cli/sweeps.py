@@ -137,7 +137,7 @@ def summarize(folder: Path) -> int:
     import rich.table  # only needed at the end of a sweep
 
     runs = outcomes(folder)
-    name = next((run["name"] for run in runs if run["name"]), "figure")
+    name = next((run["name"] for run in runs if run["name"]), "metric")
     names, figures = [*runs[0]["overrides"], "seed"], [name, "mean", "deviation"]
     keys = ("seed", "figure", "mean", "deviation", "mistake", "folder")
     rows = [[*run["overrides"].values(), *(run[key] for key in keys)] for run in runs]
