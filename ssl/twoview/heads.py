@@ -20,6 +20,8 @@ def projection_head(
     layers without BatchNorm (facebookresearch/moco, builder.py). MoCo v3: BatchNorm after each layer, and the last
     BatchNorm has no scale and shift (facebookresearch/moco-v3, builder.py).
 
+    Differs from the code of SimCLR: there the last BatchNorm has a scale but no shift; here it has both or neither.
+
     Args:
         in_dim: width F of the features.
         hidden_dim: width of the hidden layers, >= 1.

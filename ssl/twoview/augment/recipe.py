@@ -16,6 +16,9 @@ class ViewRecipe:
 
     The defaults are those of SimCLR (Chen et al. 2020, arXiv:2002.05709, appendix A) at color strength 1.
 
+    Differs from the papers' code: crops are resized bilinearly and without antialiasing, while SimCLR and BYOL use
+    bicubic and MoCo antialiased bilinear interpolation; color jitter precedes grayscale in MoCo v1 too.
+
     Args:
         crop_scale: smallest and largest area of a crop as a share of the image, in (0, 1].
         crop_ratio: smallest and largest aspect ratio (width / height) of a crop, > 0.

@@ -27,7 +27,8 @@ class MoCo(Method):
         queue_size: number K of stored keys, >= 1. Stored keys of the same image are not negatives of a query.
         momentum: momentum of the key encoder at the start, in [0, 1).
         momentum_end: momentum at the end of the run, reached along half a cosine; None for a constant momentum.
-        symmetric: whether both views serve as queries and as keys; 2N keys are then stored per batch.
+        symmetric: whether both views serve as queries and as keys; 2N keys are then stored per batch. The loss is the
+            mean of both directions. MoCo's CIFAR-10 demonstration takes their sum, which has twice the gradient.
         statistics: source of the running statistics of BatchNorm in the key encoder, see
             :class:`twoview.MomentumCopy`.
         bn: "plain", "split" or "sync", see :class:`Method`; or "shuffle", which is "split" with the keys computed by
