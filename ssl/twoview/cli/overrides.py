@@ -82,7 +82,9 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
         except HydraException:
             raise UserError(f"{text}: write KEY=VALUE, such as method.temperature=0.2") from None
         before = first.setdefault(override.key_or_group, text)
-        require(text == before, f"{before} {text}: {override.key_or_group} is given twice; leave one of them out")
+        # Lightning repeats hydra.run.dir in the command line of each rank.
+        once = text == before or text.startswith("hydra.")
+        require(once, f"{before} {text}: {override.key_or_group} is given twice; leave one of them out")
         if override.is_sweep_override():
             require(sweep, f"{text}: several values are a sweep; add -m, or quote the value if it is a single one")
             if not override.is_discrete_sweep():
