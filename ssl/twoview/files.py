@@ -1,12 +1,14 @@
-"""Atomic writing of files, so that a killed process never leaves a partly written file; opening of regular files."""
+"""Atomic writing of files, so that a killed process never leaves a partly written file; reading of regular files."""
 
 import contextlib
 import csv
 import errno
 import io
+import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +26,40 @@ def open_regular(path: str | Path) -> BinaryIO:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+        ValueError: other content.
+    """
+    with open_regular(path) as file:
+        try:
+            found = json.load(file)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the complete rows of a CSV file by the names of their columns; a row cut off at the end is left out.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+        ValueError: other content.
+    """
+    with open_regular(path) as file:
+        content = file.read()
+    text = content[: content.rfind(b"\n") + 1].decode()
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
@@ -47,6 +83,35 @@ def _cell(value: Any) -> Any:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
+def remove_left_over(*folders: Path, seconds: float = 0) -> None:
+    """Remove temporary files of :func:`write_atomically` that killed processes left.
+
+    Args:
+        folders: folders that are searched, but not the folders in them.
+        seconds: younger files are kept, where other processes may write.
+    """
+    for file in (file for folder in folders for file in folder.glob("*.tmp")):
+        with contextlib.suppress(OSError):
+            status = file.lstat()
+            ours = re.fullmatch(r".+\.\d+\.tmp", file.name) and stat.S_ISREG(status.st_mode)
+            if ours and time.time() - status.st_mtime >= seconds:
+                file.unlink()
+
+
+class _File(io.FileIO):
+    """Stores a failure to write instead of raising it: ``torch.save`` would turn it into a RuntimeError."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failure is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.failure = error
+        return memoryview(data).nbytes
+
+
 def write_atomically(
     path: Path, content: bytes | str | Callable[[BinaryIO], object], previous: Path | None = None
 ) -> None:
@@ -64,12 +129,14 @@ def write_atomically(
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with _File(temporary, "wb") as raw, io.BufferedWriter(raw) as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
             file.flush()
+            if raw.failure is not None:
+                raise OSError(raw.failure.errno, raw.failure.strerror, str(path)) from raw.failure
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             path.replace(previous)

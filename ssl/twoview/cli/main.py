@@ -1,5 +1,6 @@
 """Command line: entry point, execution of one job, and printed report."""
 
+import contextlib
 import io
 import logging
 import math
@@ -19,11 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from twoview.cli import sweeps
+from twoview.cli.failures import propagated, system_error, watched_output
 from twoview.cli.overrides import CONF, check_overrides, quoted, without
 from twoview.cli.resume import common_folder, resolve_resume, training_knobs
 from twoview.cli.stored import OVERRIDES, dump_overrides
 from twoview.errors import Interrupted, UserError, require
-from twoview.files import write_atomically
+from twoview.files import remove_left_over, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,24 @@ def main() -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: exit code 2 after a :class:`UserError`, 1 if a run of a sweep failed, 130 after Ctrl-C, and
-            otherwise the code of :class:`Interrupted`.
+        SystemExit: exit code 2 after a :class:`UserError` or if a file or stdout cannot be written, 1 if a run of a
+            sweep failed, 130 after Ctrl-C, and otherwise the code of :class:`Interrupted`.
     """
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False  # a log that cannot be written does not print tracebacks
+    with watched_output() as output:
+        try:
+            _command()
+        except SystemExit as stop:
+            if stop.code:
+                raise
+    if output.error is not None:
+        _end(f"stdout: {output.error.strerror}; what could not be written was left out, the files are complete", 2)
+
+
+def _command() -> None:
     arguments = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
     verbose = [_VERBOSE] if len(arguments) < len(sys.argv[1:]) else []
     flags = [a for a in arguments if a.startswith("-")]
@@ -67,19 +81,24 @@ def main() -> None:
             sys.argv += [o for o in _OPTUNA if not {o.partition("=")[0], "hydra/sweeper/sampler"} & given]
         folder = sweeps.begin(overrides) if sweep else None
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
+            with propagated():
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_job)()
         finally:
             failed = sweeps.summarize(folder) if folder is not None and folder.is_dir() else 0
-    except UserError as error:
-        _end(error, 2)
     except KeyboardInterrupt as stop:
         _end(stop.args[0] if stop.args else "stopped", 130)
+    except Exception as error:
+        user_error = _user_error(error)
+        if user_error is None and not isinstance(error, HydraException):
+            raise
+        _end(user_error or " ".join(f"{error} {error.__cause__ or ''}".split()), 2)
     if failed:
         sys.exit(1)
 
 
 def _end(message: object, code: int) -> NoReturn:
-    print(f"twoview: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"twoview: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -98,7 +117,8 @@ def _job(cfg: DictConfig) -> float | None:
         started = int(os.environ.get("LOCAL_RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
         _end(stop, 0 if started else stop.code)
     except Exception as error:
-        user_error = _user_error(error)
+        log.debug("the run failed", exc_info=True)
+        user_error = _user_error(error, os.path.relpath(job.runtime.output_dir) if "resume" in cfg else None)
         if os.environ.get("HYDRA_FULL_ERROR") or not (user_error or sweep):
             raise
         if not sweep:  # SystemExit, because Hydra prints other exceptions with a traceback
@@ -138,12 +158,24 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
         files = {"config.yaml": config, OVERRIDES: dump_overrides(overrides)}
         parts["run"] = replace(parts["run"], files=files, knobs=training_knobs(cfg))
     else:
+        _check_folder(folder, config)
+        remove_left_over(folder, seconds=60)
         write_atomically(folder / "config.yaml", config)
     result = hydra.utils.get_method(task._target_)(**parts)
     report = result if isinstance(result, Mapping) else {}
     if "results" in report or "runs" in report:
         _print_report(report)
     return report
+
+
+def _check_folder(folder: Path, config: str) -> None:
+    """Refuse a folder with the report of another run, which would be overwritten."""
+    try:
+        equal = (folder / "config.yaml").read_text(encoding="utf-8") == config
+    except (OSError, ValueError):
+        equal = False
+    message = "this folder holds the report of another run; choose another one"
+    require(equal or not (folder / "report.json").exists(), f"hydra.run.dir={os.path.relpath(folder)}: {message}")
 
 
 def _instantiate(name: str, node: Any) -> Any:
@@ -187,8 +219,9 @@ def _print_report(report: Mapping[str, Any]) -> None:
         print(f"more:   {program} {shlex.join(words)}")
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Return the first UserError in the chain of causes of an exception, including the exception itself."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+def _user_error(error: BaseException, folder: str | None = None) -> UserError | None:
+    """Return the first UserError in the chain of causes of an exception, or the sentence of a system error."""
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, UserError):
+        first = first.__cause__ or first.__context__
+    return first or system_error(error, folder)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from twoview.files import write_atomically
+from twoview.files import remove_left_over, write_atomically
+from twoview.torch_files import load_torch
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,16 @@ def _code() -> bytes:
     return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).digest()
 
 
-def cached(folder: str | None, name: Callable[[], str], compute: Callable[[], Result]) -> Result:
+def cached(
+    folder: str | None, name: Callable[[], str], compute: Callable[[], Result], fits: Callable[[Any], bool]
+) -> Result:
     """Load the result that is stored under a name; if there is none, compute and store it.
 
     Args:
         folder: folder of the stored results; None to compute without storing.
         name: function that returns the name, such as :func:`key`; not called if ``folder`` is None.
         compute: function that returns the result, which consists of tensors, plain containers and plain values.
+        fits: whether a stored object has the form of a result; it is computed again otherwise.
 
     Returns:
         The result.
@@ -66,14 +70,17 @@ def cached(folder: str | None, name: Callable[[], str], compute: Callable[[], Re
     file = Path(folder).expanduser() / f"{name()}.pt"
     if file.exists():
         try:
-            found: Result = torch.load(file, weights_only=True)
+            found: Result = load_torch(file)
+            if not fits(found):
+                raise ValueError("another form")
             log.info("%s: taken from the cache", file)
             return found
         except Exception as error:
             log.warning("%s cannot be read (%s); computing it again", file, type(error).__name__)
     result = compute()
+    remove_left_over(file.parent, seconds=3600)  # of killed evaluations; others may be at work
     try:
         write_atomically(file, lambda handle: torch.save(result, handle))
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        log.warning("eval.cache=%s: cannot be written (%s)", folder, str(error).splitlines()[0])
+    except OSError as error:
+        log.warning("eval.cache=%s: cannot be written (%s)", folder, error.strerror)
     return result

@@ -1,6 +1,5 @@
 """Comparison of finished runs on the same test images, with paired confidence intervals of the differences."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from twoview.errors import UserError, require
 from twoview.evaluation.probe import bootstrap
 from twoview.evaluation.settings import MEASURES
 from twoview.evaluation.tables import Table, number, percent, side_by_side, with_interval
+from twoview.files import open_regular, read_json
 
 FIGURES = {
     "mAP": ("retrieval", "mean_average_precision"),
@@ -61,6 +61,7 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
     for run, (report, predictions) in zip(runs, reports, strict=True):
         message = f"{run} was evaluated on other test images than {runs[0]}, or at another data.image_size"
         equal = report["test_fingerprint"] == first_report["test_fingerprint"]
+        equal = equal and len(predictions["labels"]) == len(first["labels"])
         require(equal, f"runs: {message}; evaluate both on the same ({report['data']}, {first_report['data']})")
         differences = {}
         for probe in predictions.keys() & first.keys() - {"labels"}:
@@ -68,8 +69,7 @@ def compare(runs: Sequence[str | Path], seed: int, resamples: int = 2000) -> dic
             paired = right.double() - before.double()
             interval = bootstrap(paired.numpy(), resamples, seed)
             differences[probe] = {"difference": float(paired.mean()), "interval": interval}
-        kept = {key: report[key] for key in ("method", "backbone", "data", "seed", "commit", "results")}
-        compared.append({"folder": str(run), **kept, "differences": differences})
+        compared.append(_row(run, report) | {"differences": differences})
     return {**{key: first_report[key] for key in ("data", "backbone", "test_fingerprint")}, "runs": compared}
 
 
@@ -109,17 +109,25 @@ def _points(found: Mapping[str, Any]) -> str:
     return f"{100 * found['difference']:+.1f} ({low} to {high})"
 
 
+def _row(run: Path | str, report: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: report[key] for key in ("method", "backbone", "data", "seed", "commit", "results")}
+    return {"folder": str(run), **kept, "differences": {}}
+
+
 def _read(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        report = json.loads((run / "report.json").read_text())
-        predictions = load_file(run / "predictions.safetensors")
+        report = read_json(run / "report.json")
+        with open_regular(run / "predictions.safetensors"):  # safetensors opens by name, and would wait for a FIFO
+            predictions = load_file(run / "predictions.safetensors")
         labels = predictions["labels"]
         whole = all(p.shape == labels.shape and p.dtype == torch.int64 for p in predictions.values())
-        if not whole or not {"test_fingerprint", "results"} <= report.keys():
+        if not whole or labels.ndim != 1 or not len(labels) or "test_fingerprint" not in report:
             raise ValueError("was written by another version")
+        comparison_tables({"data": report["data"], "runs": [_row(run, report)]})
     except FileNotFoundError as error:
         message = "no report.json with predictions.safetensors is there; give the folder of a finished run"
         raise UserError(f"runs: {run}: {message}") from error
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"runs: the report in {run} cannot be read ({error}); evaluate it again") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, SafetensorError) as error:
+        message = f"the report in {run} cannot be read ({type(error).__name__}: {error})"
+        raise UserError(f"runs: {message}; evaluate it again") from error
     return report, predictions

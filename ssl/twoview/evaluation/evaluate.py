@@ -109,7 +109,8 @@ def evaluate(
         parts = (network and network.network, encoder.preprocess, train, test, views, settings, len(images.classes))
         others = (seed, str(encoder.device), images.batch_size, images.allow_flip, images.min_crop_area)
         of = partial(key, name, *parts, *others, split_seed(encoder.card, seed))
-        results[name] = cached(settings.cache, of, partial(baseline, name, network))
+        fits = partial(_is_result, settings.measures)
+        results[name] = cached(settings.cache, of, partial(baseline, name, network), fits)
     predictions = {name: p for name, p in chosen.items() if isinstance(p, Prediction)}
     report = {
         "results": results,
@@ -175,9 +176,19 @@ def take(measures: Sequence[Measure], inputs: Inputs, labels: Tensor) -> tuple[d
     return found, chosen
 
 
+def _is_result(measures: Sequence[Measure], found: Any) -> bool:
+    names = {measure.name for measure in measures}
+    return isinstance(found, dict) and found.keys() <= names and all(isinstance(row, dict) for row in found.values())
+
+
 def _features(encoder: Encoder, images: Images, batch_size: int, cache: str | None) -> Tensor:
     name = partial(key, encoder.network, encoder.preprocess, images)
-    features = cached(cache, name, partial(encoder.feature_matrix, images, batch_size))
+
+    def fits(found: Any) -> bool:
+        equal = isinstance(found, Tensor) and found.dtype == torch.float32
+        return equal and found.shape == (len(images), encoder.width)
+
+    features = cached(cache, name, partial(encoder.feature_matrix, images, batch_size), fits)
     bad = int((~features.isfinite()).any(1).sum())
     message = f"{bad} of {len(features)} images have features that are not finite; take an earlier checkpoint"
     require(not bad, f"checkpoint: {message}")

@@ -1,7 +1,6 @@
 """Plots and images of a report, as PNG or SVG in data URIs, so that the page is one file."""
 
 import base64
-import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from twoview.augment import TwoViews
 from twoview.data import fit_size
+from twoview.files import read_csv
 
 # Text in SVG files stays text, and equal plots give equal files.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "twoview", "font.family": "sans-serif", "axes.spines.top": False}
@@ -70,11 +70,10 @@ def _svg(figure: Figure) -> str:
 
 
 def curves(metrics: Path) -> str | None:
-    """Plot loss, chance level, kNN accuracy and effective rank from the ``metrics.csv`` of a run; None without file."""
+    """Plot loss, chance level, kNN accuracy and effective rank of ``metrics.csv``; None if the file is unreadable."""
     try:
-        with metrics.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError:
+        rows = read_csv(metrics)
+    except (OSError, ValueError):
         return None
     panels = {
         "loss": ("train/loss", "train/chance"),
@@ -85,13 +84,21 @@ def curves(metrics: Path) -> str | None:
         figure = Figure(figsize=(9, 2.4), layout="constrained")
         for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for name in names:
-                points = [(int(row["step"]), float(row[name])) for row in rows if row.get("step") and row.get(name)]
+                points = [(int(row["step"]), float(row[name])) for row in rows if _plotted(row, name)]
                 if points:
                     axes.plot(*zip(*points, strict=True), label=name.partition("/")[2], marker="." * (len(points) < 30))
             axes.set(title=title, xlabel="step")
-            if len(names) > 1:
+            if len(names) > 1 and axes.lines:
                 axes.legend(frameon=False)
     return _svg(figure)
+
+
+def _plotted(row: Mapping[str, str], name: str) -> bool:
+    """Whether a row of ``metrics.csv`` has a step and a finite value of a column."""
+    try:
+        return int(row["step"]) < 1e15 and abs(float(row[name])) < 1e30
+    except (KeyError, ValueError):
+        return False
 
 
 def spectra(results: Mapping[str, Any], method: str) -> str | None:

@@ -22,6 +22,16 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     return found
 
 
+def is_readable(report: Mapping[str, Any]) -> bool:
+    """Whether a report that was read from a file has the form that its display needs."""
+    try:
+        _ = tables(report) if "results" in report else None
+        parts = [report.get("figures", {}), *report.get("results", {}).values()]
+        return report["task"] == "pretrain" and all(isinstance(part, dict) for part in parts)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def _columns(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return results by name of the column; the column of the trained network has the name of its method."""
     return {report["method"] if name == "trained" else name: row for name, row in report["results"].items()}

@@ -1,7 +1,6 @@
 """Atomic writing of checkpoints, and search for the newest readable checkpoint of a run."""
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         previous = path.with_name(PREVIOUS) if path.name == LAST else None
         try:
             write_atomically(path, lambda file: torch.save(checkpoint, file), previous)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-            if isinstance(error, RuntimeError) and not re.search("write|file|iostream", str(error)):
-                raise
-            message = f"{path} could not be written ({str(error).splitlines()[0]}); earlier checkpoints are unchanged"
+        except OSError as error:
+            message = f"{path} could not be written ({error.strerror}); earlier checkpoints are unchanged"
             advice = f"free disk space or make the folder writable, and continue with resume={path.parent.parent}"
             raise UserError(f"{message}: {advice}") from error
 

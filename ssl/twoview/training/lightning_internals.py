@@ -1,6 +1,6 @@
 """All uses of undocumented attributes of Lightning. Checked with Lightning 2.6.6."""
 
-import csv
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
+
+from twoview.files import read_csv
+
+log = logging.getLogger(__name__)
 
 
 def batches_started(trainer: L.Trainer) -> int:
@@ -44,8 +48,11 @@ def keep_csv_rows(loggers: Sequence[Any], step: int) -> None:
     for logger in loggers:
         file = Path(logger.log_dir) / "metrics.csv" if isinstance(logger, CSVLogger) else None
         if file is not None and file.exists():
-            with file.open(newline="") as handle:
-                rows = [row for row in csv.DictReader(handle) if int(row["step"]) < step]
+            try:
+                rows = [row for row in read_csv(file) if row["step"].isdecimal() and int(row["step"]) < step]
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("%s cannot be read (%s); it begins at step %d", file, error, step)
+                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 logger.experiment.metrics = rows

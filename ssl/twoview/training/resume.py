@@ -1,7 +1,6 @@
 """Checks before a run is resumed or a finished run is skipped, and a lock on the run folder."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from torch import nn
 
 from twoview import __version__
 from twoview.errors import UserError, require
+from twoview.files import read_json, remove_left_over
 
 log = logging.getLogger(__name__)
 
@@ -95,17 +95,40 @@ def finished_report(run_dir: Path, conditions: Conditions) -> dict[str, Any] | N
     """Read the report of a run folder; None unless identity, data and version of twoview are the same."""
     if conditions.identity is None:
         return None
-    try:
-        report: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
-        found = (report["identity"], report["data_fingerprint"], report["versions"]["twoview"])
-    except (OSError, ValueError, KeyError, TypeError):  # no report, or not one of ours
-        return None
+    report = _report(run_dir)
+    versions = report.get("versions")
+    version = versions.get("twoview") if isinstance(versions, dict) else None
+    found = (report.get("identity"), report.get("data_fingerprint"), version)
     return report if found == (conditions.identity, conditions.conditions["data"], __version__) else None
+
+
+def check_folder(run_dir: Path, identity: str | None) -> None:
+    """Refuse a folder that holds the report of another run, which would be overwritten.
+
+    Args:
+        run_dir: folder of a run that is started from the beginning.
+        identity: see :class:`twoview.training.RunSettings`; None accepts every folder.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    found = _report(run_dir)
+    other = identity is not None and found and found.get("identity") != identity
+    advice = "choose another folder, continue that run with resume=, or overwrite it with rerun=true"
+    require(not other, f"hydra.run.dir={run_dir}: this folder holds another finished run; {advice}")
+
+
+def _report(run_dir: Path) -> dict[str, Any]:
+    """Content of ``report.json``; empty if there is none that can be read."""
+    try:
+        return read_json(run_dir / "report.json")
+    except (OSError, ValueError):
+        return {}
 
 
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Lock a run folder against other processes; no lock if fcntl is missing.
+    """Lock a run folder against other processes, if fcntl exists, and remove temporary files of killed writes.
 
     Raises:
         UserError: if the folder cannot be written or another process has locked the folder.
@@ -125,4 +148,5 @@ def exclusive(run_dir: Path) -> Iterator[None]:
             raise UserError(f"{run_dir}: another process is working in this folder; wait for it, or stop it") from error
         except (ImportError, OSError):
             pass
+        remove_left_over(run_dir, run_dir / "checkpoints", run_dir / ".hydra")
         yield

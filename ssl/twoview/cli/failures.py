@@ -1,0 +1,107 @@
+"""Failures of the system around a run: files and a standard output that cannot be written."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+from twoview.errors import UserError
+
+_FOLDER = "choose another folder as hydra.run.dir=FOLDER"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), f"make it writable, or {_FOLDER}"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), _FOLDER),
+    errno.ENOENT: f"it has been removed, or cannot be created; {_FOLDER}",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def system_error(error: BaseException | None, folder: str | None = None) -> UserError | None:
+    """A failure of the operating system as a sentence.
+
+    Args:
+        error: an exception; it, or what it was raised from, may be such a failure.
+        folder: folder of a pretraining run, whose last checkpoint is named; None where nothing can be resumed.
+
+    Returns:
+        The sentence with the file, the failure, and what to do; None for any other exception.
+    """
+    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
+        error = error.__cause__
+    if error is None:
+        return None
+    parts = [f"{error.filename or folder or 'a file'}: {error.strerror}"]
+    if error.errno in _ADVICE:
+        parts.append(_ADVICE[error.errno])
+    if folder is not None:
+        from twoview.encoder import LAST  # here, so that a mistyped knob does not wait for torch
+
+        saved = (Path(folder) / "checkpoints" / LAST).is_file()
+        parts.append(f"continue with resume={folder}" if saved else "no checkpoint had been written")
+    return UserError("; ".join(parts))
+
+
+@contextlib.contextmanager
+def propagated() -> Iterator[None]:
+    """Let exceptions leave ``hydra.main``, which prints the traceback of each and exits."""
+    with mock.patch("hydra._internal.utils.run_and_report", lambda function: function()):
+        yield
+
+
+class Output:
+    """A standard output whose failures do not end a run: what cannot be written is discarded.
+
+    Args:
+        stream: the present ``sys.stdout``; None if it is closed.
+
+    Attributes:
+        error: the first failure.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with self._watched():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._watched():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            # What is still buffered goes nowhere, instead of failing again at the end of the process.
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+
+@contextlib.contextmanager
+def watched_output() -> Iterator[Output]:
+    """Replace ``sys.stdout`` by an :class:`Output`, and restore it."""
+    before, output = sys.stdout, Output(sys.stdout)
+    sys.stdout = cast(Any, output)
+    try:
+        yield output
+    finally:
+        output.flush()
+        sys.stdout = before
