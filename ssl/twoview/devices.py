@@ -1,6 +1,7 @@
 """Choice of the device, and names of devices and processors."""
 
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -42,3 +43,10 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on any device; the CPU allocator raises a plain RuntimeError."""
+    texts = "out of memory|allocate memory|alloc_failed|not enough memory"
+    matched = isinstance(error, RuntimeError | OSError) and re.search(texts, str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(matched)

@@ -20,8 +20,7 @@ from twoview.evaluation.finetune import FineTuning, Supervised, finetune as fine
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
 from twoview.files import write_atomically
 from twoview.optim import OptimizerSettings
-from twoview.reporting import figures, files, pages, record
-from twoview.reporting.tables import is_readable
+from twoview.reporting import figures, files, pages, record, tables
 from twoview.schedules import warmup_cosine
 from twoview.training.pretraining import Data, prepare, train
 from twoview.training.resume import check_folder, exclusive, finished_report
@@ -82,11 +81,10 @@ def pretrain(
     holdout = (settings or EvaluationSettings()).holdout
     prepared = prepare(data, recipe or Recipe(), trainer or TrainerSettings(), run, holdout)
     finished = None if run.rerun else finished_report(run_dir, prepared.module.conditions)
-    if finished is not None and is_readable(finished):
+    if finished is not None and tables.is_readable(finished):
         log.info("%s: this run is finished and is not repeated; rerun=true would repeat it", run_dir)
         return finished
-    if not run.rerun and not run.resume:
-        check_folder(run_dir, run.identity)
+    check_folder(run_dir, None if run.rerun or run.resume else run.identity)
     with exclusive(run_dir) if prepared.is_main else contextlib.nullcontext():
         facts = train(prepared)
         if not prepared.is_main:

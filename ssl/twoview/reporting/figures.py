@@ -70,7 +70,7 @@ def _svg(figure: Figure) -> str:
 
 
 def curves(metrics: Path) -> str | None:
-    """Plot loss, chance level, kNN accuracy and effective rank of ``metrics.csv``; None if the file is unreadable."""
+    """Plot loss, chance level, kNN accuracy and effective rank from ``metrics.csv``; None if unreadable."""
     try:
         rows = read_csv(metrics)
     except (OSError, ValueError):

@@ -1,13 +1,16 @@
 """All uses of undocumented attributes of Lightning. Checked with Lightning 2.6.6."""
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 from twoview.files import read_csv
 
@@ -56,3 +59,10 @@ def keep_csv_rows(loggers: Sequence[Any], step: int) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 logger.experiment.metrics = rows
+
+
+@contextlib.contextmanager
+def process_observer(observe: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+    """Let ``observe`` watch the processes that rank 0 starts, in place of Lightning's own observer."""
+    with mock.patch.object(subprocess_script, "_launch_process_observer", observe):
+        yield

@@ -96,6 +96,8 @@ class TrainerSettings:
         clip: largest norm of the gradient, > 0; None for no clipping.
         skip_nonfinite: largest number of batches that are skipped because the loss is not finite, >= 0; a further such
             batch ends the run with an error.
+        timeout: minutes that a process waits for the other processes of the run before it ends, > 0. It must exceed the
+            time of a kNN check, which rank 0 does alone.
         log_every: number of optimizer steps between logged values, >= 1.
         check_every: number of epochs between checks of the features (effective rank, kNN), >= 0; 0 for no checks.
 
@@ -116,6 +118,7 @@ class TrainerSettings:
     accumulate: int = 1
     clip: float | None = None
     skip_nonfinite: int = 0
+    timeout: float = 30
     log_every: int = 10
     check_every: int = 10
 
@@ -123,6 +126,8 @@ class TrainerSettings:
         require_choice("trainer", ("auto", "cpu", "gpu", "mps"), accelerator=self.accelerator)
         possible = self.clip is None or (isinstance(self.clip, int | float) and self.clip > 0)
         require(possible, f"trainer.clip={self.clip}: give a number above 0, or null for no limit")
+        possible = isinstance(self.timeout, int | float) and 0 < self.timeout <= 1e6
+        require(possible, f"trainer.timeout={self.timeout}: give a number of minutes above 0")
         limits = {"max_epochs": self.max_epochs, "max_time": self.max_time, "max_steps": self.max_steps}
         unlimited = " ".join(f"trainer.{knob}=null" for knob in limits)
         require(any(x is not None for x in limits.values()), f"{unlimited}: set one of them, so that the run ends")

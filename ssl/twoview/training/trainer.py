@@ -2,9 +2,9 @@
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -14,10 +14,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist, nn
 
 from twoview.backbones import is_depthwise
-from twoview.devices import pick_device
+from twoview.devices import is_out_of_memory, pick_device
 from twoview.errors import UserError, require
 from twoview.training.checkpoints import AtomicCheckpointIO
+from twoview.training.lightning_internals import process_observer
 from twoview.training.loader import PretrainingData
+from twoview.training.ranks import Ranks
 from twoview.training.settings import Loggers, TrainerSettings
 
 
@@ -51,7 +53,9 @@ def build_trainer(
             devices=settings.devices,
             num_nodes=nodes,
             # No broadcast of buffers: queues are already equal on all ranks, BatchNorm statistics may differ.
-            strategy=DDPStrategy(broadcast_buffers=False) if nodes * settings.devices > 1 else "auto",
+            strategy=DDPStrategy(broadcast_buffers=False, timeout=timedelta(minutes=settings.timeout))
+            if nodes * settings.devices > 1
+            else "auto",
             precision=precision,  # type: ignore[arg-type]
             max_epochs=settings.max_epochs or -1,
             max_steps=settings.max_steps or -1,
@@ -91,22 +95,28 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, ch
         checkpoint: path of a checkpoint whose state is loaded first; None to start from the beginning.
 
     Raises:
-        UserError: if training runs out of memory.
+        UserError: if training runs out of memory, or another process of the run is lost.
     """
     environment, threads = dict(os.environ), torch.get_num_threads()
+    ranks = Ranks(Path(trainer.default_root_dir))
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with process_observer(ranks.watch):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # after which Lightning exits with 1
             raise stop.__context__ from None
         raise
     except (MemoryError, RuntimeError) as error:
-        matched = re.search("out of memory|allocate memory|alloc_failed", str(error), re.IGNORECASE)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not matched:
+        lost = ranks.error(error) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
+        ranks.end()
+        if lost is not None:
+            raise lost from error
+        if not is_out_of_memory(error):
             raise
         advice = "try a smaller data.batch_size, data.image_size or backbone.name, or trainer.precision=bf16-mixed"
         raise UserError(f"data.batch_size={data.images.batch_size}: out of memory; {advice}") from error
     finally:
+        ranks.done.set()
         if trainer.world_size > 1 and dist.is_initialized():
             # Restore single-process state.
             dist.destroy_process_group()

@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor, distributed as dist
 
 from twoview import metrics
 from twoview.data import Batch
+from twoview.distributed import gather, rank_and_world
 from twoview.methods import Step
 
 log = logging.getLogger(__name__)
@@ -60,16 +62,16 @@ class TrainingLogger(L.Callback):
         if trainer.global_step % self.every == 0 and pl_module.step is not None:
             now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
             seconds = now - self.logged_at
-            figures = {
-                **_figures(pl_module.step),
+            logged = {
+                **figures(pl_module.step),
                 "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
                 "images_per_second": images / seconds,
                 "time_load": self.load / seconds,
                 "time_augment": self.augment / seconds,
                 "time_train": 1 - (self.load + self.augment) / seconds,
             }
-            pl_module.log_dict({f"train/{name}": value for name, value in figures.items()})
-            self._warn(figures, trainer.global_step / pl_module.total_steps)
+            pl_module.log_dict({f"train/{name}": value for name, value in logged.items()})
+            self._warn(logged, trainer.global_step / pl_module.total_steps)
             self.batches, self.load, self.augment, self.logged_at = 0, 0.0, 0.0, time.perf_counter()
         self.batch_end = time.perf_counter()
 
@@ -95,14 +97,34 @@ class TrainingLogger(L.Callback):
             log.warning("Collapse: nearly the same features for all images (%s; 1 is evenly spread). %s", stds, advice)
 
 
-def _figures(step: Step) -> dict[str, float]:
-    views = [z[:1024] for z in step.embeddings]
-    return {
+def figures(step: Step) -> dict[str, float]:
+    """Compute the figures of a step to log, over the images of all ranks.
+
+    Args:
+        step: result of a batch of this rank. Embeddings of other ranks are gathered unless the method has done so.
+
+    Returns:
+        Figures by name, equal on all ranks.
+    """
+    world, own = rank_and_world()[1], len(step.features)
+    features, *views = (_rows(z, local=len(z) == own) for z in (step.features, *step.embeddings))
+    found = {
         "loss": float(step.loss.detach()),
         **({} if step.chance is None else {"chance": step.chance}),
         **{name: float(value) for name, value in step.logs.items()},
         **({"alignment": metrics.alignment(views[0], views[1])} if len(views) > 1 else {}),
         "uniformity": metrics.uniformity(views[0]),
         "embedding_std": metrics.feature_std(views[0]),
-        "feature_std": metrics.feature_std(step.features[:1024]),
+        "feature_std": metrics.feature_std(features),
     }
+    if world == 1:
+        return found
+    mean = torch.tensor(list(found.values()), dtype=torch.float64, device=step.loss.device) / world
+    dist.all_reduce(mean)
+    return dict(zip(found, mean.tolist(), strict=True))
+
+
+def _rows(z: Tensor, local: bool, limit: int = 1024) -> Tensor:
+    """Up to ``limit`` rows of the embeddings of all ranks."""
+    world = rank_and_world()[1]
+    return gather(z[: limit // world].detach().float()) if local and world > 1 else z[:limit]
