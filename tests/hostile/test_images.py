@@ -13,6 +13,7 @@ from hostile_runs import run
 from PIL import Image
 
 from twoview.data import folder, parquet, square, webdataset
+from twoview.data.webdataset import _json_label
 from twoview.errors import UserError
 
 FEW = {"image_size": 16, "num_workers": 0}
@@ -137,6 +138,26 @@ def test_damaged_shards_are_refused_instead_of_losing_images(tmp_path, name):
     file.write_bytes(DAMAGED[name](file.read_bytes()))
     with pytest.raises(UserError, match=r"s\.tar cannot be read as an uncompressed tar file"):
         webdataset(str(file), **FEW)
+
+
+LABELS = {
+    b'{"label": 3}': "3",
+    b'{"cls": "a"}': "a",
+    b'{"label": -1}': None,
+    b'{"label": ""}': None,
+    b'{"label": [1]}': None,
+    b'{"label": {"a": 1}}': None,
+    b'{"label": NaN}': None,
+    b"[1]": None,
+    b"{": None,
+    b"[" * 100_000: None,
+    b"\xff\xfe": None,
+}
+
+
+@pytest.mark.parametrize("content", LABELS, ids=range(len(LABELS)))
+def test_odd_json_is_no_label(content):
+    assert _json_label(content.decode("utf-8", "replace")) == LABELS[content]
 
 
 @pytest.mark.parametrize(

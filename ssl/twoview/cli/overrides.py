@@ -20,6 +20,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # The folder conf/ is inside the package in an installed wheel, and at the repository root in a clone.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1] / "conf"
 
+# Mappings that accept any key, also where they are not empty.
+_ANY_KEYS = ("augment.view_b", "backbone.options")
+
 # Knobs that have a default value and accept null.
 _NULLABLE = ("trainer.max_epochs", "trainer.max_time", "eval.cache")
 
@@ -133,10 +136,11 @@ def _compose_groups(groups: list[Override]) -> DictConfig:
 
 
 def _free(text: str, knobs: Mapping[str, Any]) -> str:
-    """Add the prefix ``++`` if the key is inside an empty mapping; without it, Hydra rejects the new key."""
+    """Add the prefix ``++`` if the key is inside a mapping of any keys; without it, Hydra rejects new keys."""
     key = text.partition("=")[0]
-    parents = (key.rsplit(".", i)[0] for i in range(key.count(".") + 1))
-    return f"++{text}" if any(knobs.get(parent) == {} for parent in parents) else text
+    parents = [key.rsplit(".", i)[0] for i in range(key.count(".") + 1)]
+    free = any(knobs.get(parent) == {} or parent in _ANY_KEYS for parent in parents)
+    return f"++{text}" if free else text
 
 
 def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:

@@ -81,11 +81,11 @@ class LoadSettings:
         """``memory`` in bytes."""
         if self.memory is None:
             return None
-        units = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-        match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?) ?([KMGT]?)B?", str(self.memory), re.IGNORECASE)
+        powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+        match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?) ?([KMGT]?)(i?)B?", str(self.memory), re.IGNORECASE)
         if match is None:
             raise UserError(f"data.memory={self.memory}: give a number of bytes, at least 0, or a size such as 2GB")
-        return float(match[1]) * units[match[2].upper()]
+        return float(match[1]) * float(1024 if match[3] else 1000) ** powers[match[2].upper()]
 
 
 def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -142,7 +142,8 @@ def load_splits(
     """
     size, channels = stored_size(settings.image_size, settings.store_size), settings.channels
     require(root, f"data.root={root!r}: give a path")
-    require(eval_root != root, f"data.eval_root={eval_root}: the same as data.root; give others, or null to split")
+    shared = _real(root) & _real(eval_root or ())
+    require(not shared, f"data.eval_root={eval_root}: the same as data.root; give others, or null to split")
     found = {"data.root": find(root, "data.root")}
     if eval_root:
         found["data.eval_root"] = find(eval_root, "data.eval_root")
@@ -176,6 +177,12 @@ def load_splits(
     data = ImageData(pretrain, train, test, classes, batch_size, name, *limits)
     data.broken = broken
     return data
+
+
+def _real(places: Places) -> set[str]:
+    """Places as absolute paths without links."""
+    listed = [places] if isinstance(places, str) else places
+    return {os.path.realpath(os.path.expanduser(str(place))) for place in listed}
 
 
 def _batch_size(images: int, given: int | None) -> int:

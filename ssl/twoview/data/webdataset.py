@@ -116,4 +116,5 @@ def _json_label(text: str) -> str | None:
     except (ValueError, RecursionError):
         return None
     label = content.get("label", content.get("cls")) if isinstance(content, dict) else None
-    return None if label is None else str(label)
+    known = (isinstance(label, str) and label) or (isinstance(label, int) and label >= 0)
+    return str(label) if known else None
