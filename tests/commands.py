@@ -24,11 +24,17 @@ def train(*arguments, cwd=ROOT, timeout=120):
     )
 
 
+def short(*arguments):
+    """These arguments, and those of a pretraining that takes seconds for the knobs that are not given."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    return [*(knob for knob in [*SHORT, *QUICK] if knob.partition("=")[0] not in given), *arguments]
+
+
 def command(*arguments):
     """The command of a pretraining that takes seconds."""
-    return [sys.executable, str(ROOT / "train.py"), *SHORT, *QUICK, *arguments]
+    return [sys.executable, str(ROOT / "train.py"), *short(*arguments)]
 
 
 def run(folder, *arguments):
     """A pretraining that takes seconds, to its end."""
-    return train(*SHORT, *QUICK, *arguments, cwd=folder, timeout=250)
+    return train(*short(*arguments), cwd=folder, timeout=250)
