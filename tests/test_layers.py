@@ -121,7 +121,7 @@ def _is_module_or_distributed(name):
 
 def _is_private(name):
     owner, _, attribute = name.rpartition(".")
-    private = attribute.startswith("_") and not attribute.startswith("__") and owner not in ("self", "cls")
+    private = attribute.startswith("_") and not attribute.startswith("__") and owner not in ("self", "cls", "os")
     return (private and "torch" not in owner) or "fit_loop" in name.split(".")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from twoview.devices import explained_memory
 from twoview.errors import UserError, require, require_at_least, require_choice
 from twoview.files import open_regular
 from twoview.torch_files import load_torch
@@ -218,7 +219,11 @@ def _build(
         sizes.insert(0, {"img_size": image_size, "patch_size": patch_size})
     for size in sizes:
         try:
-            return timm.create_model(name, **arguments, **size), {k: v for k, v in size.items() if k == "patch_size"}
+            with explained_memory(f"backbone.name={name}: out of memory; choose a smaller network"):
+                network = timm.create_model(name, **arguments, **size)
+            return network, {k: v for k, v in size.items() if k == "patch_size"}
+        except UserError:
+            raise
         except OSError as error:
             message = f"the weights of {name} could not be downloaded ({error}); give a file as backbone.weights=FILE"
             raise UserError(f"backbone.pretrained=true: {message}") from error

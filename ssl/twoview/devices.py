@@ -1,10 +1,16 @@
 """Choice of the device, and names of devices and processors."""
 
+import contextlib
+import math
+import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from twoview.errors import UserError
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:
@@ -45,8 +51,45 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on any device; the CPU allocator raises a plain RuntimeError."""
+def memory_error(error: BaseException, message: str) -> UserError | None:
+    """Describe running out of memory, on any device; the CPU allocator of torch raises a plain RuntimeError.
+
+    Args:
+        error: an exception.
+        message: what ran out of memory, and which knobs need less; the size that was asked for is added.
+
+    Returns:
+        The sentence; None for any other exception.
+    """
     texts = "out of memory|allocate memory|alloc_failed|not enough memory"
     matched = isinstance(error, RuntimeError | OSError) and re.search(texts, str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(matched)
+    if not matched and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return None
+    found = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(error), re.IGNORECASE)
+    if found is None:
+        return UserError(message)
+    size, unit = (float(found[1]) / 1e9, "GB") if found[2] == "bytes" else (float(found[1]), found[2])
+    return UserError(f"{message} (a tensor of {size:.3g} {unit} was asked for)")
+
+
+@contextlib.contextmanager
+def explained_memory(message: str) -> Iterator[None]:
+    """Context manager and decorator that raises :func:`memory_error` in place of what it describes."""
+    try:
+        yield
+    except Exception as error:
+        explained = memory_error(error, message)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def memory_size(device: torch.device) -> float:
+    """Return the total memory of a device in bytes, infinity if it is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    sizes = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not Linux, or no limit of a container
+        sizes.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+        sizes.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes, default=math.inf)

@@ -22,7 +22,7 @@ _ADVICE = {
 }
 
 
-def system_error(error: BaseException | None, folder: str | None = None) -> UserError | None:
+def system_error(error: BaseException, folder: str | None = None) -> UserError | None:
     """A failure of the operating system as a sentence.
 
     Args:
@@ -32,15 +32,21 @@ def system_error(error: BaseException | None, folder: str | None = None) -> User
     Returns:
         The sentence with the file, the failure, and what to do; None for any other exception.
     """
-    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
-        error = error.__cause__
-    if error is None:
+    from twoview.devices import memory_error  # here, so that a mistyped knob does not wait for torch
+
+    memory = memory_error(error, "out of memory; try a smaller data.batch_size, data.image_size or backbone.name")
+    if memory is not None:
+        return memory
+    current: BaseException | None = error
+    while current is not None and not (isinstance(current, OSError) and current.errno is not None):
+        current = current.__cause__
+    if current is None:
         return None
-    parts = [f"{error.filename or folder or 'a file'}: {error.strerror}"]
-    if error.errno in _ADVICE:
-        parts.append(_ADVICE[error.errno])
+    parts = [f"{current.filename or folder or 'a file'}: {current.strerror}"]
+    if current.errno in _ADVICE:
+        parts.append(_ADVICE[current.errno])
     if folder is not None:
-        from twoview.encoder import LAST  # here, so that a mistyped knob does not wait for torch
+        from twoview.encoder import LAST
 
         saved = (Path(folder) / "checkpoints" / LAST).is_file()
         parts.append(f"continue with resume={folder}" if saved else "no checkpoint had been written")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twoview.augment import TwoViews
 from twoview.data import ImageData, Images
+from twoview.devices import explained_memory
 from twoview.encoder import Encoder, ModelCard, hidden_labels
 from twoview.errors import require
 from twoview.evaluation.cache import cached, key
@@ -42,6 +43,9 @@ class Evidence:
     shared: Mapping[str, Sequence[Shared]] = field(default_factory=dict)
 
 
+@explained_memory(
+    "evaluation: out of memory; try a smaller data.batch_size, or fewer eval.parts; no checkpoint is lost"
+)
 def evaluate(
     encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings, seed: int
 ) -> tuple[dict[str, Any], Evidence]:

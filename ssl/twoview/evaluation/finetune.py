@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from twoview.augment import TwoViews, derive_seed
 from twoview.data import ImageData, split_holdout
+from twoview.devices import explained_memory
 from twoview.encoder import Encoder
 from twoview.errors import require, require_at_least, require_positive
 from twoview.evaluation.evaluate import seen_labels, split_seed
@@ -84,6 +85,7 @@ class Supervised:
     device: torch.device
 
 
+@explained_memory("fine-tuning: out of memory; try a smaller finetune.batch_size")
 def finetune(encoder: Encoder, how: Supervised) -> tuple[dict[str, Any], dict[str, Prediction]]:
     """Fine-tune a network, and for reference train the same network from random initialization.
 

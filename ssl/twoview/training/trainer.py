@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist, nn
 
 from twoview.backbones import is_depthwise
-from twoview.devices import is_out_of_memory, pick_device
+from twoview.devices import explained_memory, memory_size, pick_device
 from twoview.errors import UserError, require
 from twoview.training.checkpoints import AtomicCheckpointIO
 from twoview.training.lightning_internals import process_observer
@@ -38,7 +38,8 @@ def build_trainer(
     Raises:
         UserError: if devices or precision are not available.
     """
-    nodes = _nodes(settings.devices)
+    nodes, device = _nodes(settings.devices), pick_device(settings.accelerator)
+    _check_memory(network, device)
     # Hide start-up messages of Lightning and warnings about settings that are chosen on purpose.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -46,7 +47,7 @@ def build_trainer(
         "many workers|before the epoch ended|Experiment logs|LeafSpec|logging interval|broadcast_buffers|sync_dist"
     )
     warnings.filterwarnings("ignore", f".*({expected}).*")
-    precision = choose_precision(settings.precision, network, pick_device(settings.accelerator))
+    precision = choose_precision(settings.precision, network, device)
     try:
         return L.Trainer(
             accelerator=settings.accelerator,
@@ -76,6 +77,14 @@ def build_trainer(
         raise UserError(f"{knobs}: {str(error).splitlines()[0]}") from error
 
 
+def _check_memory(network: nn.Module, device: torch.device) -> None:
+    """Refuse a network whose weights and gradients alone do not fit; the system would kill the process."""
+    needed = sum(2 * p.numel() * p.element_size() for p in network.parameters()) / 1e9
+    size = memory_size(device) / 1e9
+    message = f"its weights and gradients need {needed:.1f} GB, but there are {size:.1f} GB; choose a smaller network"
+    require(needed < size, f"backbone.name: {message}")
+
+
 def _nodes(devices: int) -> int:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 1
@@ -98,23 +107,21 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, ch
         UserError: if training runs out of memory, or another process of the run is lost.
     """
     environment, threads = dict(os.environ), torch.get_num_threads()
-    ranks = Ranks(Path(trainer.default_root_dir))
+    ranks, batch = Ranks(Path(trainer.default_root_dir)), data.images.batch_size
+    advice = "try a smaller data.batch_size, data.image_size or backbone.name, or trainer.precision=bf16-mixed"
     try:
-        with process_observer(ranks.watch):
+        with process_observer(ranks.watch), explained_memory(f"data.batch_size={batch}: out of memory; {advice}"):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # after which Lightning exits with 1
             raise stop.__context__ from None
         raise
-    except (MemoryError, RuntimeError) as error:
-        lost = ranks.error(error) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
+    except RuntimeError as error:
+        lost = ranks.error(error) if trainer.world_size > 1 else None
         ranks.end()
         if lost is not None:
             raise lost from error
-        if not is_out_of_memory(error):
-            raise
-        advice = "try a smaller data.batch_size, data.image_size or backbone.name, or trainer.precision=bf16-mixed"
-        raise UserError(f"data.batch_size={data.images.batch_size}: out of memory; {advice}") from error
+        raise
     finally:
         ranks.done.set()
         if trainer.world_size > 1 and dist.is_initialized():
