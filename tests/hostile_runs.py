@@ -6,6 +6,7 @@ folder ``runs`` of its working folder is listed.
 
 import contextlib
 import logging
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -83,6 +84,7 @@ def _run_child(folder, arguments, out, err, prepare):
     """Never returns."""
     code = 70
     try:
+        multiprocessing.util._run_after_forkers()  # or loader processes would wait for a thread of the parent
         os.setsid()
         os.chdir(folder)
         for number, target in ((0, os.devnull), (1, out), (2, err)):

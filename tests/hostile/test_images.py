@@ -6,6 +6,7 @@ import resource
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hostile_runs import run
 from PIL import Image
 
 from twoview.data import folder, parquet, square, webdataset
+from twoview.data.decode import _check_inflated
 from twoview.data.webdataset import _json_label
 from twoview.errors import UserError
 
@@ -204,6 +206,27 @@ def test_files_that_vanish_are_replaced_counted_and_named_once(tmp_path, caplog)
     (tmp_path / "20.png").unlink()
     with pytest.raises(UserError, match=r"data.max_broken=0.5: 21 of 40 images can no longer be read"):
         data.pretrain[[20]]
+
+
+def test_a_replacement_has_its_own_position_and_the_label_of_the_lost_image(tmp_path):
+    for i in range(40):
+        target = tmp_path / "ab"[i % 2] / f"{i:02}.png"
+        target.parent.mkdir(exist_ok=True)
+        picture(20 + i).save(target)
+    data = folder(str(tmp_path), memory=0, max_broken=0.5, **FEW).pretrain
+    victim = int(data.positions[3])
+    Path(data.source[victim]).unlink()
+    found, whole = data[[3]], data[[4]]
+    assert int(found.labels) == int(data.labels[3])
+    assert int(found.ids) != 3
+    assert int(data.labels[int(found.ids)]) == int(found.labels)
+    assert len(whole.pixels) == 1
+
+
+def test_a_segment_that_inflates_to_more_than_an_image_is_refused():
+    bomb = zlib.compress(bytes(2**30), 9)
+    with pytest.raises(ValueError, match="larger than"):
+        _check_inflated(io.BytesIO(bomb), [0], [len(bomb)])
 
 
 def test_out_of_memory_is_no_broken_file(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ Image.init()
 _ORDINARY = "AVIF BMP CUR DDS DIB GIF ICNS ICO IM JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP XBM XPM"
 FORMATS = tuple(kind for kind in _ORDINARY.split() if kind in Image.OPEN)
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _ORDINARY.split()} | {".npy"}
+# Compressions of TIFF that tifffile may decode: none, LZW, JPEG, PackBits, and deflate, whose size is checked before.
+_DEFLATE, _BOUNDED = (8, 32946), (1, 5, 7, 8, 32773, 32946)
 MAX_BYTES_PER_PIXEL = 8  # of arrays, whose size is limited to this times Pillow's limit on pixels
 Shape = tuple[int, int, int]
 _FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}  # Pillow's formats by the first two bytes of the file
@@ -145,6 +148,19 @@ def _check_size(shape: Sequence[int], dtype: np.dtype) -> None:
         raise ValueError(f"an array of shape {list(shape)} and {dtype} is larger than {limit / 1e6:,.0f} MB")
 
 
+def _check_inflated(handle: BinaryIO, offsets: Sequence[int], sizes: Sequence[int]) -> None:
+    """Refuse segments of a TIFF that inflate to more than an image may have: tifffile inflates without a limit."""
+    place, total = handle.tell(), 0
+    for offset, size in zip(offsets, sizes, strict=False):
+        handle.seek(offset)
+        packed, inflate = handle.read(size), zlib.decompressobj()
+        while packed:
+            total += len(inflate.decompress(packed, 2**24))
+            _check_size((total,), np.dtype(np.uint8))
+            packed = inflate.unconsumed_tail
+    handle.seek(place)
+
+
 def _check_npy(handle: BinaryIO) -> None:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(handle)
@@ -161,8 +177,14 @@ def _read_tiff(handle: BinaryIO) -> np.ndarray:
 
         with tifffile.TiffFile(handle) as file:
             series = file.series[0]
-            for shape in (series.shape, series.keyframe.chunks):  # of the image, and of the parts that are decoded
+            page = series.keyframe
+            for shape in (series.shape, page.chunks):  # of the image, and of the parts that are decoded
                 _check_size(shape, series.dtype)
+            if page.compression not in _BOUNDED:
+                raise ValueError(f"TIFF compression {page.compression} is not supported for this number of channels")
+            for inner in series.pages:
+                if page.compression in _DEFLATE and inner is not None:
+                    _check_inflated(handle, inner.dataoffsets, inner.databytecounts)
             return np.asarray(series.asarray())
     except ImportError:
         raise ValueError('TIFF with many channels needs: pip install "twoview[tiff]"') from None

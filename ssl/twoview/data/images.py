@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -131,8 +131,8 @@ class LazyImages(Dataset[Batch]):
         return len(self.positions)
 
     def __getitem__(self, positions: Any) -> Batch:
-        ids = torch.as_tensor(positions, dtype=torch.int64)
-        return Batch(torch.stack([self._decode(int(i)) for i in ids]), ids, self.labels[ids])
+        pixels, ids = zip(*(self._decode(i) for i in torch.as_tensor(positions).tolist()), strict=True)
+        return Batch(torch.stack(pixels), torch.tensor(ids), self.labels[list(ids)])
 
     @property
     def blocks(self) -> Tensor | None:
@@ -164,26 +164,32 @@ class LazyImages(Dataset[Batch]):
             self.known_statistics = torch.cat([image_statistics(batch.pixels) for batch in in_order(self)])
         return self.known_statistics
 
-    def _decode(self, position: int) -> Tensor:
-        # All images were readable before training. An image that has become unreadable is replaced by the next one.
-        for step in range(len(self)):
-            near = (position + step) % len(self)
-            where = int(self.positions[near])
+    def _decode(self, position: int) -> tuple[Tensor, int]:
+        """Decode an image, or another one if it has become unreadable since the start; return the position too."""
+        for candidate in self._candidates(position):
+            where = int(self.positions[candidate])
             if self.lost[where]:
                 continue
             try:
-                return square(self.source[where], self.size, self.channels)
+                return square(self.source[where], self.size, self.channels), candidate
             except MemoryError:
                 raise
             except Exception as error:
-                self._lose(where, self.name(near), error)
+                self._lose(where, self.name(candidate), error)
         raise UserError("data: no image can be read any more; check that the disk is still mounted")
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        """A position, then the positions after it, those with the same label first."""
+        yield position
+        others = torch.arange(len(self)).roll(-position - 1)[:-1]
+        same = self.labels[others] == self.labels[position]
+        yield from torch.cat([others[same], others[~same]]).tolist()
 
     def _lose(self, where: int, name: str, error: Exception) -> None:
         """Count an image that has become unreadable, and end the run if there are too many."""
         self.lost[where] = True
         lost, n = int(self.lost.sum()), len(self.lost)
-        log.warning("data: %s can no longer be read (%s); the next image replaces it", name, error)
+        log.warning("data: %s can no longer be read (%s); another image replaces it", name, error)
         message = f"{lost} of {n} images can no longer be read, the last is {name} ({error}); check the disk"
         require(lost <= self.max_broken * n, f"data.max_broken={self.max_broken:g}: {message}")
 
