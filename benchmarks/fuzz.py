@@ -151,7 +151,8 @@ KINDS = {
     "reports": ("run/*.json", lambda root: compare([root / "other", root / "run"], seed=0, resamples=100)),
     "predictions": ("run/*.safetensors", lambda root: compare([root / "other", root / "run"], seed=0, resamples=100)),
     "metrics.csv": ("run/metrics.csv", lambda root: curves(root / "run/metrics.csv")),
-    "cache": ("run/checkpoints/last.ckpt", lambda root: cached(str(root / "run/checkpoints"), lambda: "last", dict, lambda found: True)),
+    "cache": ("run/checkpoints/last.ckpt", lambda root: cached(
+        str(root / "run/checkpoints"), lambda: "last", dict, bool)),
 }  # fmt: skip
 
 

@@ -70,7 +70,10 @@ def test_shared_images_are_listed_and_names_are_escaped(finished, tmp_path):
     assert report["integrity"]["top1_without_shared"]["knn"] == pytest.approx(float(right))
     with (tmp_path / "shared_images.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["test"], int(row["train position"])) for row in rows][:2] == [(UNSAFE, 0), ("photo 1.png", 1)]
+    assert [(row["test"], int(row["train position"])) for row in rows][:2] == [
+        (UNSAFE.replace("\n", "\\n"), 0),  # control characters are escaped
+        ("photo 1.png", 1),
+    ]
     page = Page()
     html = (tmp_path / "report.html").read_text()
     page.feed(html)

@@ -48,7 +48,8 @@ def main() -> None:
     """
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a closed pipe; the first output fails, and is reported
+                stream.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a log that cannot be written does not print tracebacks
     with watched_output() as output:
         try:

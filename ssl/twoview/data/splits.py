@@ -181,7 +181,7 @@ def load_splits(
 
 def _real(places: Places) -> set[str]:
     """Places as absolute paths without links."""
-    listed = [places] if isinstance(places, str | Path) else places
+    listed = places if isinstance(places, list | tuple) else [places]  # YAML reads a name such as 2024 as an integer
     return {os.path.realpath(os.path.expanduser(str(place))) for place in listed}
 
 
