@@ -1,9 +1,13 @@
 """Values of knobs of the data that mean nothing: one sentence each, before any work."""
 
+import io
+
 import numpy as np
 import pytest
 from hostile_runs import SHORT, run
 from PIL import Image
+
+from twoview.data import parquet
 
 REFUSED = {
     "data.memory=-1": "data.memory=-1: give a number of bytes",
@@ -81,3 +85,31 @@ def test_one_picture_is_too_few(work):
     for i in range(1, 12):
         (work / "images" / f"{i:02}.png").unlink()
     assert run(work, *SHORT, "data=folder", "data.root=images").refused("contrastive learning needs at least 2")
+
+
+def test_a_method_that_needs_labels_says_so(work):
+    found = run(work, *SHORT, "data=folder", "data.root=images", "method=supcon")
+    assert found.refused("SupCon uses labels"), found
+
+
+METADATA = [
+    b"",
+    b"[1]",
+    b"{",
+    b'{"info": 1}',
+    b'{"info": {"features": {"label": {"names": 3}}}}',
+    b"[" * 99_999,
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("metadata", METADATA, ids=range(len(METADATA)))
+def test_odd_metadata_of_a_table_are_no_class_names(tmp_path, metadata):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet_files = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": "a"}] * 12, "label": [0, 1] * 6}
+    table = pyarrow.table(rows).replace_schema_metadata({"huggingface": metadata})
+    parquet_files.write_table(table, tmp_path / "t.parquet")
+    assert parquet(str(tmp_path / "t.parquet"), image_size=16, num_workers=0).classes == ["0", "1"]

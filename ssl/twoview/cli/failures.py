@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
+
+from hydra._internal import utils as hydra_internals
 
 from twoview.errors import UserError
 
@@ -56,8 +57,12 @@ def system_error(error: BaseException, folder: str | None = None) -> UserError |
 @contextlib.contextmanager
 def propagated() -> Iterator[None]:
     """Let exceptions leave ``hydra.main``, which prints the traceback of each and exits."""
-    with mock.patch("hydra._internal.utils.run_and_report", lambda function: function()):
+    original = hydra_internals.run_and_report  # Hydra 1.3 has no public way to turn it off
+    hydra_internals.run_and_report = lambda func: func()
+    try:
         yield
+    finally:
+        hydra_internals.run_and_report = original
 
 
 class Output:
