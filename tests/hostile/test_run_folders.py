@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from hostile_runs import SHORT, run
+from omegaconf import OmegaConf
+
+from twoview.cli.stored import dump_overrides, read_overrides
 
 TINY = (*SHORT, "data=fake", "data.images=64", "data.batch_size=32", "eval.parts=[knn]", "trainer.check_every=0")
 ATTACK = "attack-was-executed"
@@ -76,8 +79,6 @@ STORED = [
 
 @pytest.mark.parametrize("line", STORED, ids=range(len(STORED)))
 def test_only_knobs_and_choices_are_taken_from_a_folder(work, line):
-    from omegaconf import OmegaConf
-
     stored = work / "runs/r/.hydra/overrides.yaml"
     # Resolvers of the test's own process must not run either: the text is written as it stands.
     texts = [*OmegaConf.to_container(OmegaConf.load(stored)), line]
@@ -98,6 +99,7 @@ FILES = {
     "large": b"- seed=1\n" * 100_000,
     "numbers": b"- 1\n- 2\n",
     "nested": b"- - seed=1\n",
+    "a bomb": b"- [&a [x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]]\n",
 }
 
 
@@ -157,6 +159,24 @@ def test_changed_knobs_are_refused_and_the_folder_stays_resumable(work, change):
     assert found.refused(REFUSED[change]), found
     after = snapshot(work / "runs/r")
     assert {k: v for k, v in after.items() if k.name != "lock"} == {k: v for k, v in before.items() if k.name != "lock"}
+
+
+LONG = [
+    "data.root=" + " ".join(["a long name"] * 40),
+    "data.root='/x/München/it\\'s'",
+    "data.root='a \\\\ b'",
+    'backbone.name="x"',
+    "eval.k=[1, 5]",
+]
+
+
+def test_overrides_are_read_as_they_were_written(tmp_path):
+    stored = tmp_path / ".hydra/overrides.yaml"
+    stored.parent.mkdir()
+    for overrides in (LONG, []):
+        stored.write_text(dump_overrides([f"++{text}" for text in overrides]))
+        assert read_overrides(tmp_path) == overrides
+        assert OmegaConf.to_container(OmegaConf.load(stored)) == overrides
 
 
 def test_after_refusals_a_plain_resume_goes_on(work):

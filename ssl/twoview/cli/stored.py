@@ -1,5 +1,6 @@
 """The overrides in a run folder, which may come from anyone and are checked before they are used."""
 
+import json
 import os
 import re
 import stat
@@ -9,8 +10,6 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from twoview.errors import UserError, require
 
@@ -21,8 +20,12 @@ _NOT_REPEATED = ("resume", "rerun", "logger", "eval.cache", "data.download")
 
 
 def dump_overrides(overrides: list[str]) -> str:
-    """Content of the file :data:`OVERRIDES`, without the ``++`` that Hydra needs before some keys."""
-    return OmegaConf.to_yaml(OmegaConf.create([text.removeprefix("++") for text in overrides]))
+    """Content of the file :data:`OVERRIDES`, without the ``++`` that Hydra needs before some keys.
+
+    A list in YAML with one override a line, however long it is.
+    """
+    lines = [f"- {json.dumps(text.removeprefix('++'), ensure_ascii=False)}\n" for text in overrides]
+    return "".join(lines) or "[]\n"
 
 
 def read_overrides(folder: Path) -> list[str]:
@@ -41,19 +44,16 @@ def read_overrides(folder: Path) -> list[str]:
     file = folder / OVERRIDES
     require(file.is_file(), f"resume={folder}: this is not the folder of a run; give one such as runs/DATE/TIME")
     require_plain_files(folder)
+    require(file.stat().st_size < _MAX_BYTES, f"resume={folder}: {OVERRIDES} is larger than {_MAX_BYTES:,} bytes")
     try:
-        text = file.read_text(encoding="utf-8")
-        # Anchors and tags of YAML would let a small file expand to a large one.
-        plain = len(text) < _MAX_BYTES and not re.search(r"^- *[&*!]|^[^-\[\n]", text, re.MULTILINE)
-        found = OmegaConf.to_container(OmegaConf.create(text)) if plain else None
-    except (OSError, ValueError, OmegaConfBaseException, HydraException) as error:
-        raise UserError(f"resume={folder}: {OVERRIDES} cannot be read ({str(error).splitlines()[0]})") from error
-    except Exception as error:  # errors of the YAML parser have no common class that is public
-        raise UserError(f"resume={folder}: {OVERRIDES} is not YAML ({type(error).__name__})") from error
-    known = isinstance(found, list) and all(isinstance(text, str) for text in found)
-    require(known, f"resume={folder}: {OVERRIDES} is not a list of KEY=VALUE")
+        lines = file.read_text(encoding="utf-8").splitlines()
+        found = [] if lines == ["[]"] else [_unquoted(line) for line in lines]
+    except (OSError, ValueError) as error:
+        message = f"{OVERRIDES} cannot be read ({str(error)[:80]}); each of its lines is - KEY=VALUE"
+        raise UserError(f"resume={folder}: {message}") from error
+    require(lines, f"resume={folder}: {OVERRIDES} is empty")
     accepted = []
-    for override in map(str, found or []):
+    for override in found:
         advice = "only knobs of pretraining are taken from a folder; remove the line, or give it on the command line"
         require(_is_plain(override), f"resume={folder}: {OVERRIDES} holds {override[:80]!r}; {advice}")
         key = override.partition("=")[0]
@@ -76,6 +76,16 @@ def require_plain_files(folder: Path) -> None:
             plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
             message = f"{os.path.join(parent, name)} is a link or a special file; a run folder holds plain files only"
             require(plain, f"resume={folder}: {message}")
+
+
+def _unquoted(line: str) -> str:
+    """The override in a line. No YAML parser is used: aliases could expand a small file to more than the memory."""
+    if not line.startswith("- "):
+        raise ValueError(line[:40])
+    text = line[2:]
+    if text.startswith('"'):
+        return str(json.loads(text))
+    return text[1:-1].replace("''", "'") if text.startswith("'") else text
 
 
 def _is_plain(text: str) -> bool:
