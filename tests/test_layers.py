@@ -42,6 +42,7 @@ LIBRARIES = {
     "augment": {"torch", "kornia", "numpy"},
     "data": {"torch", "torchvision", "sklearn", "PIL", "numpy", "tifffile", "pyarrow"},
     "files": set(),
+    "torch_files": {"torch", "safetensors"},
     "encoder": {"torch", "safetensors", "PIL"},
     "training": {"torch", "lightning", "rich"},
     "evaluation": {"torch", "numpy", "sklearn", "scipy", "torchmetrics", "safetensors"},

@@ -8,14 +8,12 @@ from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from twoview.devices import explained_memory
 from twoview.errors import UserError, require, require_at_least, require_choice
-from twoview.files import open_regular
-from twoview.torch_files import load_torch
+from twoview.torch_files import load_safetensors, load_torch
 
 log = logging.getLogger(__name__)
 
@@ -270,8 +268,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         if file.suffix == ".safetensors":
-            with open_regular(file):  # safetensors opens by name, and would wait for a FIFO
-                return load_file(file)
+            return load_safetensors(file)
         content = load_torch(file)
     except FileNotFoundError:
         raise UserError(f"backbone.weights={file}: there is no such file") from None

@@ -1,10 +1,11 @@
-"""Reading PyTorch files that may come from anyone: nothing in them is executed, and damage is detected."""
+"""Reading files of tensors that may come from anyone: nothing in them is executed, and damage is detected."""
 
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load_file
 
 from twoview.files import open_regular
 
@@ -26,6 +27,17 @@ def load_torch(path: str | Path) -> Any:
             _check_archive(file)
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a ``.safetensors`` file as tensors on the CPU by name.
+
+    Raises:
+        OSError: the file cannot be read or is not a regular file.
+        safetensors.SafetensorError: the content is damaged.
+    """
+    with open_regular(path):  # safetensors opens by name, and would wait for a FIFO
+        return load_file(path)
 
 
 def _check_archive(file: BinaryIO) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from twoview.errors import UserError, require
 from twoview.evaluation.probe import bootstrap
 from twoview.evaluation.settings import MEASURES
 from twoview.evaluation.tables import Table, number, percent, side_by_side, with_interval
-from twoview.files import open_regular, read_json
+from twoview.files import read_json
+from twoview.torch_files import load_safetensors
 
 FIGURES = {
     "mAP": ("retrieval", "mean_average_precision"),
@@ -117,8 +117,7 @@ def _row(run: Path | str, report: Mapping[str, Any]) -> dict[str, Any]:
 def _read(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         report = read_json(run / "report.json")
-        with open_regular(run / "predictions.safetensors"):  # safetensors opens by name, and would wait for a FIFO
-            predictions = load_file(run / "predictions.safetensors")
+        predictions = load_safetensors(run / "predictions.safetensors")
         labels = predictions["labels"]
         whole = all(p.shape == labels.shape and p.dtype == torch.int64 for p in predictions.values())
         if not whole or labels.ndim != 1 or not len(labels) or "test_fingerprint" not in report:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
@@ -64,5 +63,10 @@ def keep_csv_rows(loggers: Sequence[Any], step: int) -> None:
 @contextlib.contextmanager
 def process_observer(observe: Callable[[Sequence[Any]], None]) -> Iterator[None]:
     """Let ``observe`` watch the processes that rank 0 starts, in place of Lightning's own observer."""
-    with mock.patch.object(subprocess_script, "_launch_process_observer", observe):
+    launcher: Any = subprocess_script
+    original = launcher._launch_process_observer
+    launcher._launch_process_observer = observe
+    try:
         yield
+    finally:
+        launcher._launch_process_observer = original
