@@ -1,9 +1,60 @@
 """The random operations of a view, implemented by Kornia."""
 
-from kornia import augmentation as K
-from torch import nn
+from collections.abc import Sequence
+from typing import cast
 
-from twoview.augment.recipe import ViewRecipe
+import torch
+from kornia import augmentation as K
+from torch import Tensor, nn
+
+from twoview.augment.recipe import ViewRecipe, blur_kernel
+from twoview.errors import require
+
+
+class Engine:
+    """Makes the views of a batch by Kornia.
+
+    Draws are made by torch's generator on the device of the images, so they differ between devices. Kornia's crop and
+    jitter check their parameters on the host, which waits for a GPU in every batch.
+
+    Args:
+        recipes: recipe of the first and of the second view.
+        image_size: height and width of the views in pixels.
+        channels: number of channels C, not used.
+
+    Raises:
+        UserError: if a recipe asks for antialiasing, which Kornia does not have.
+    """
+
+    def __init__(self, recipes: Sequence[ViewRecipe], image_size: int, channels: int) -> None:
+        plain = not any(recipe.antialias for recipe in recipes)
+        require(plain, "augment.antialias=true: Kornia has no antialiasing; choose augment.engine=fused")
+        self.same = recipes[0] == recipes[1]
+        self.operations = [kornia_operations(recipe, image_size) for recipe in recipes]
+
+    def __call__(
+        self, pixels: Tensor, sizes: Tensor | None, seed: int, mean: Tensor, std: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Make both views; arguments and result are those of :class:`twoview.augment.fused_engine.Engine`."""
+        device = pixels.device
+        devices = [device] if device.type != "cpu" else []
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(seed)
+            images = pixels.float().div_(255)
+            if self.same:
+                first, second = self._apply(self.operations[0], torch.cat([images, images]), sizes, 2).chunk(2)
+            else:
+                first, second = (self._apply(operations, images, sizes, 1) for operations in self.operations)
+        return first.sub(mean).div_(std), second.sub(mean).div_(std)
+
+    @staticmethod
+    def _apply(operations: nn.Sequential, images: Tensor, sizes: Tensor | None, copies: int) -> Tensor:
+        if sizes is None:
+            return cast(Tensor, operations(images))
+        # Kornia crops all images of a batch from the same size: those of different sizes are cropped one by one.
+        whole = zip(images, sizes.tolist() * copies, strict=True)
+        crops = [operations[0](image[None, :, :height, :width]) for image, (height, width) in whole]
+        return cast(Tensor, operations[1:](torch.cat(crops)))
 
 
 def kornia_operations(recipe: ViewRecipe, image_size: int) -> nn.Sequential:
@@ -20,7 +71,7 @@ def kornia_operations(recipe: ViewRecipe, image_size: int) -> nn.Sequential:
         A module that maps fp32 ``[N, C, H, W]`` in [0, 1] to fp32 ``[N, C, image_size, image_size]`` in [0, 1].
     """
     brightness, contrast, saturation, hue = recipe.jitter
-    kernel = max(3, image_size // 10 | 1)
+    kernel = blur_kernel(image_size)
     operations: list[nn.Module] = [
         # The mode "slice" equals torchvision.transforms.functional.resized_crop without antialiasing, bit for bit.
         K.RandomResizedCrop(

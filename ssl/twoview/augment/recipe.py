@@ -16,13 +16,15 @@ class ViewRecipe:
 
     The defaults are those of SimCLR (Chen et al. 2020, arXiv:2002.05709, appendix A) at color strength 1.
 
-    Differs from the papers' code: crops are resized bilinearly and without antialiasing, while SimCLR and BYOL use
-    bicubic and MoCo antialiased bilinear interpolation; color jitter precedes grayscale in MoCo v1 too.
+    Differs from the papers' code: by default crops are resized bilinearly and without antialiasing, while SimCLR and
+    BYOL use bicubic and MoCo antialiased bilinear interpolation; color jitter precedes grayscale in MoCo v1 too.
 
     Args:
         crop_scale: smallest and largest area of a crop as a share of the image, in (0, 1].
         crop_ratio: smallest and largest aspect ratio (width / height) of a crop, > 0.
         interpolation: interpolation of the resized crop, "bilinear" or "bicubic".
+        antialias: whether a crop that is larger than the view is averaged over the pixels that it covers, as Pillow
+            does.
         flip_p: probability of a horizontal flip, in [0, 1].
         jitter: strengths of brightness, contrast, saturation and hue, >= 0. For a strength x, the factors of
             brightness, contrast and saturation are drawn from [1 - x, 1 + x]. The shift of the hue is drawn from
@@ -46,6 +48,7 @@ class ViewRecipe:
     crop_scale: Sequence[float] = (0.08, 1.0)
     crop_ratio: Sequence[float] = (0.75, 1.3333333333333333)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = False
     flip_p: float = 0.5
     jitter: Sequence[float] = (0.8, 0.8, 0.8, 0.2)
     jitter_p: float = 0.8
@@ -72,6 +75,7 @@ class ViewRecipe:
             possible, f"augment.jitter={_shown(jitter)}: give brightness, contrast, saturation (>= 0), hue (0 to 0.5)"
         )
         require_choice("augment", ("bilinear", "bicubic"), interpolation=self.interpolation)
+        require(isinstance(self.antialias, bool), f"augment.antialias={self.antialias}: give true or false")
 
     def adjusted(self, channels: int, allow_flip: bool, min_crop_area: float) -> Self:
         """Return a copy without the operations that do not suit the images.
@@ -102,6 +106,11 @@ class ViewRecipe:
         unknown = ", ".join(sorted(changes.keys() - set(names)))
         require(not unknown, f"augment.view_b: unknown {unknown}; choose from {', '.join(names)}")
         return replace(self, **changes)
+
+
+def blur_kernel(image_size: int) -> int:
+    """Size of the kernel of the blur in pixels: a tenth of the size of the view, made odd, and at least 3."""
+    return max(3, image_size // 10 | 1)
 
 
 def _are_numbers(values: Any, count: int) -> bool:

@@ -1,28 +1,29 @@
 """Two augmented views of each image of a batch."""
 
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twoview.augment.kornia_engine import kornia_operations
 from twoview.augment.recipe import ViewRecipe
-from twoview.errors import require
+from twoview.errors import require, require_choice
 
 log = logging.getLogger(__name__)
+
+ENGINES = ("fused", "fast", "kornia")  # each is the class Engine of the file NAME_engine.py
 
 
 class TwoViews(nn.Module):
     """Make two random views of each image of a batch.
 
-    Random parameters are drawn separately for each image and each view. Only the order of the color operations is
-    common to all images of a batch. The recipe is adjusted to the images: saturation, hue and grayscale are left out
-    unless there are three channels, flips are left out if ``allow_flip`` is False, and no crop is smaller than
-    ``min_crop_area``. These adjustments are logged at level DEBUG.
+    Random parameters are drawn separately for each image and each view. The recipe is adjusted to the images:
+    saturation, hue and grayscale are left out unless there are three channels, flips are left out if ``allow_flip`` is
+    False, and no crop is smaller than ``min_crop_area``. These adjustments are logged at level DEBUG.
 
     Args:
         image_size: height and width of the views in pixels.
@@ -33,11 +34,15 @@ class TwoViews(nn.Module):
             empty if both views use the same recipe.
         allow_flip: whether horizontal flips preserve the meaning of the images.
         min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
+        engine: implementation of the operations. "fused" and "kornia" equal torchvision's operations with the same
+            parameters, but Kornia draws one order of the color operations for all images of a batch, and waits for a
+            GPU. "fast" has approximate crops and color jitter, see :mod:`twoview.augment.fast_engine`. "auto" is
+            "fused", which was faster than Kornia at every size that was measured.
         recipe: fields of :class:`twoview.augment.ViewRecipe`, such as ``blur_p=0.0``.
 
     Raises:
-        UserError: if ``min_crop_area``, a field of the recipe or a value of ``view_b`` is out of range, or if
-            ``view_b`` has an unknown name.
+        UserError: if ``min_crop_area``, a field of the recipe or a value of ``view_b`` is out of range, if ``view_b``
+            has an unknown name, or if the engine is unknown or cannot apply the recipe.
 
     Example:
         >>> views = TwoViews(image_size=24, channels=3, mean=[0.5] * 3, std=[0.25] * 3, blur_p=0.0)
@@ -56,6 +61,7 @@ class TwoViews(nn.Module):
         view_b: Mapping[str, Any] = {},
         allow_flip: bool = True,
         min_crop_area: float = 0.0,
+        engine: Literal["auto", "fused", "fast", "kornia"] = "auto",
         **recipe: Any,
     ) -> None:
         super().__init__()
@@ -63,13 +69,14 @@ class TwoViews(nn.Module):
         self.image_size, self.channels = image_size, channels
         self.limits: dict[str, Any] = {"channels": channels, "allow_flip": allow_flip, "min_crop_area": min_crop_area}
         given = ViewRecipe(**recipe)
-        recipe_a = given.adjusted(**self.limits)
-        recipe_b = given.changed(view_b).adjusted(**self.limits)
-        before, after = asdict(given), asdict(recipe_a)
+        self.recipes = (given.adjusted(**self.limits), given.changed(view_b).adjusted(**self.limits))
+        before, after = asdict(given), asdict(self.recipes[0])
         if changes := {knob: value for knob, value in after.items() if value != before[knob]}:
             log.debug("augment: recipe adjusted for these images %s: %s", self.limits, changes)
-        self.operations_a = kornia_operations(recipe_a, image_size)
-        self.operations_b = None if recipe_b == recipe_a else kornia_operations(recipe_b, image_size)
+        require_choice("augment", ("auto", *ENGINES), engine=engine)
+        self.engine_name = ENGINES[0] if engine == "auto" else engine
+        module = importlib.import_module(f"twoview.augment.{self.engine_name}_engine")
+        self.engine = module.Engine(self.recipes, image_size, channels)
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -81,16 +88,21 @@ class TwoViews(nn.Module):
                 constructor, all other arguments to the values of this object.
         """
         normalization = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        return type(self)(**{"image_size": self.image_size, **normalization, **self.limits, **recipe})
+        known = {"image_size": self.image_size, **normalization, **self.limits, "engine": self.engine_name}
+        return type(self)(**{**known, **recipe})
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, key: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, key: Sequence[int] | None = None, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Make both views.
 
         Args:
             pixels: uint8 ``[N, C, H, W]``.
             key: integers >= 0 that determine the random parameters, such as (seed, batch counter, rank). With a key,
                 the state of torch's global generator does not change. None draws from the global generator.
+            sizes: int64 ``[N, 2]`` on the CPU, height and width of each image, which lies in the top left corner of its
+                canvas ``[C, H, W]``; crops are drawn inside it. None if all images fill the canvas.
 
         Returns:
             The first and the second view of each image, fp32 ``[N, C, image_size, image_size]`` each, normalized by
@@ -104,24 +116,10 @@ class TwoViews(nn.Module):
             raise TypeError(f"TwoViews takes uint8 images in [0, 255], not {pixels.dtype}")
         if pixels.ndim != 4 or pixels.shape[1] != self.channels:
             raise ValueError(f"TwoViews was made for [N, {self.channels}, H, W], not {list(pixels.shape)}")
-        device = pixels.device
-        devices = [device] if device.type != "cpu" else []
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.random.fork_rng(devices, enabled=key is not None, device_type=device.type if devices else "cuda"),
-        ):
-            if key is not None:
-                torch.manual_seed(derive_seed(key))
-            images = pixels.float().div_(255)
-            if self.operations_b is None:
-                view_a, view_b = self._normalized(self.operations_a(torch.cat([images, images]))).chunk(2)
-            else:
-                view_a = self._normalized(self.operations_a(images))
-                view_b = self._normalized(self.operations_b(images))
-        return view_a, view_b
-
-    def _normalized(self, images: Tensor) -> Tensor:
-        return images.sub(self.mean).div_(self.std)
+        seed = int(torch.randint(2**63 - 1, ())) if key is None else derive_seed(key)
+        with torch.autocast(pixels.device.type, enabled=False):
+            views: tuple[Tensor, Tensor] = self.engine(pixels, sizes, seed, self.mean, self.std)
+        return views
 
 
 def derive_seed(key: Sequence[int]) -> int:

@@ -1,0 +1,111 @@
+"""Operations on batches of views, each equal to the operation of torchvision with the same parameters."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in torchvision
+
+
+def luma(views: Tensor) -> Tensor:
+    """Convert RGB to grayscale, as ``torchvision.transforms.functional.rgb_to_grayscale``.
+
+    Args:
+        views: ``[M, 3, H, W]``.
+
+    Returns:
+        ``[M, 1, H, W]``.
+    """
+    red, green, blue = views.split(1, 1)
+    gray: Tensor = red * LUMA[0]
+    return gray.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def blend(views: Tensor, factor: Tensor, to_mean: Tensor, to_luma: Tensor) -> Tensor:
+    """Change brightness, contrast or saturation, as the ``adjust_*`` functions of torchvision do.
+
+    Each of them is ``factor * view + (1 - factor) * other``, clamped to [0, 1], where ``other`` is 0 for brightness,
+    the mean of the luma for contrast, and the luma of each pixel for saturation. Images without three channels have no
+    luma; their mean is that of all channels.
+
+    Args:
+        views: ``[M, C, H, W]`` in [0, 1]; changed in place.
+        factor: ``[M, 1, 1, 1]``.
+        to_mean: ``[M, 1, 1, 1]``, 1 - factor where the operation is contrast, else 0.
+        to_luma: ``[M, 1, 1, 1]``, 1 - factor where the operation is saturation, else 0.
+
+    Returns:
+        ``views``.
+    """
+    if views.shape[1] == 3:
+        gray = luma(views)
+        other = torch.addcmul(gray.mean((2, 3), keepdim=True).mul_(to_mean), gray, to_luma)
+    else:
+        other = views.mean((1, 2, 3), keepdim=True).mul_(to_mean)
+    return torch.addcmul(other, views, factor, out=views).clamp_(0, 1)
+
+
+def shift_hue(views: Tensor, turns: Tensor) -> Tensor:
+    """Shift the hue, as ``torchvision.transforms.functional.adjust_hue``, without a conversion to HSV and back.
+
+    The largest and the smallest channel of a pixel do not change. With the hue h in sixths of a turn, from 0 for red to
+    2 for green and 4 for blue, and the chroma c = largest - smallest:
+
+    * h = 1 + (green + blue - red - smallest) / c, its distance from red, with the sign of green - blue;
+    * red = smallest + c * clamp(abs(h - 3) - 1, 0, 1), green = largest - c * clamp(abs(h - 2) - 1, 0, 1) and
+      blue = largest - c * clamp(abs(h - 4) - 1, 0, 1), for h in [0, 6).
+
+    Args:
+        views: ``[M, 3, H, W]`` in [0, 1].
+        turns: ``[M, 1, 1]``, shift of the hue in turns of the color circle.
+
+    Returns:
+        ``[M, 3, H, W]`` in [0, 1].
+    """
+    red, green, blue = views.unbind(1)
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
+    chroma = largest - smallest
+    # The hue of a gray pixel has no effect, since its chroma is 0.
+    distance = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp(min=1e-12)).add_(1)
+    hue = torch.copysign(distance, green - blue, out=distance).add_(turns * 6)
+    hue.sub_((hue / 6).floor_(), alpha=6)
+    shifted = torch.empty_like(views)
+    torch.addcmul(smallest, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=shifted[:, 0])
+    torch.addcmul(largest, chroma, (hue - 2).abs_().sub_(1).clamp_(0, 1), value=-1, out=shifted[:, 1])
+    torch.addcmul(largest, chroma, (hue - 4).abs_().sub_(1).clamp_(0, 1), value=-1, out=shifted[:, 2])
+    return shifted
+
+
+def gaussian_blur(views: Tensor, sigmas: Tensor, kernel_size: int) -> Tensor:
+    """Blur with a Gaussian kernel, as ``torchvision.transforms.functional.gaussian_blur``.
+
+    Args:
+        views: ``[M, C, H, W]``; height and width must exceed half the kernel size.
+        sigmas: ``[M]``, standard deviations in pixels, > 0.
+        kernel_size: size of the kernel in pixels, odd.
+
+    Returns:
+        ``[M, C, H, W]``.
+    """
+    m, c, height, width = views.shape
+    half = kernel_size // 2
+    distances = torch.arange(-half, half + 1, device=views.device, dtype=views.dtype)
+    weights = torch.exp(-0.5 * (distances / sigmas[:, None]).square())
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)
+    # Each channel of each view is one channel of a depthwise convolution.
+    padded = F.pad(views, (half, half, half, half), mode="reflect").view(1, m * c, height + 2 * half, width + 2 * half)
+    rows = F.conv2d(padded, weights.view(m * c, 1, kernel_size, 1), groups=m * c)
+    return F.conv2d(rows, weights.view(m * c, 1, 1, kernel_size), groups=m * c).view(m, c, height, width)
+
+
+def solarize(views: Tensor) -> Tensor:
+    """Invert all values from one half on, as ``torchvision.transforms.functional.solarize``.
+
+    Args:
+        views: ``[M, C, H, W]`` in [0, 1].
+
+    Returns:
+        ``[M, C, H, W]`` in [0, 1].
+    """
+    return torch.where(views >= 0.5, 1 - views, views)
