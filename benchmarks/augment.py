@@ -66,7 +66,10 @@ def torchvision_transform(recipe: ViewRecipe, size: int, channels: int, kind: An
     return kind.Compose(steps)
 
 
-def cases(size: int, source: int, channels: int, batch: int, knobs: dict[str, Any], device: str) -> dict[str, Call]:
+def cases(
+    size: int, source: int, channels: int, batch: int, knobs: dict[str, Any], device: str = "cpu", others: bool = True
+) -> dict[str, Call]:
+    """Functions that make both views of a batch; ``others`` adds torchvision, image by image on the CPU."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, channels, source, source), dtype=torch.uint8, generator=generator).to(device)
     recipe = ViewRecipe(**knobs).adjusted(channels=channels, allow_flip=True, min_crop_area=0.0)
@@ -77,9 +80,9 @@ def cases(size: int, source: int, channels: int, batch: int, knobs: dict[str, An
         return lambda: augment(images, key=(0, next(counter)))
 
     found = {f"twoview {engine}": ours(engine) for engine in ("fast", "fused", "kornia")}
-    if device == "cpu":
+    if others:
         of_pil, of_tensor = (torchvision_transform(recipe, size, channels, kind) for kind in (v1, v2))
-        pictures = [TF.to_pil_image(image) for image in images]
+        pictures = [TF.to_pil_image(image.cpu()) for image in images]
         found["torchvision v1, PIL images"] = lambda: [of_pil(picture) for _ in range(2) for picture in pictures]
         found["torchvision v2, tensors"] = lambda: [of_tensor(image) for _ in range(2) for image in images]
     kornia = stock_kornia(recipe, size, channels).to(device)
@@ -96,7 +99,7 @@ def main() -> None:
     provenance, rows = begin("Views per second of augmentation", "views/s"), []
     for name, size, source, channels, batch, knobs in SETTINGS:
         if given.only in name:
-            made = cases(size, source, channels, batch, knobs, given.device)
+            made = cases(size, source, channels, batch, knobs, given.device, others=given.device == "cpu")
             rows += rates(name, made, 2 * batch, given.repeats)
     save(given.json, provenance, rows)
 

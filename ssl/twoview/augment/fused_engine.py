@@ -107,4 +107,6 @@ def _places(draws: Draws, rows: np.ndarray, n: int) -> list[np.ndarray]:
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy to the device; from pinned memory, since the host waits for copies from other memory."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type != "cuda":
+        return values.to(device)
+    return torch.empty_like(values, pin_memory=True).copy_(values).to(device, non_blocking=True)

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from twoview.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
-from twoview.augment.operations import LUMA
+from twoview.augment.operations import LUMA, luma
 
 # The color space YIQ: its first axis is the luma, and its other two span a plane in which the hue is an angle.
 _TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-_TO_RGB = np.linalg.inv(_TO_YIQ)
-_PARTS = ([[1, 0, 0], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, 1], [0, -1, 0]])
+# The luma, the color, and the color turned by a quarter, as matrices in YIQ; then, as [3, 9], in RGB.
+_IN_YIQ = [[[1, 0, 0], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, 1], [0, -1, 0]]]
+_PARTS = (np.linalg.inv(_TO_YIQ) @ np.array(_IN_YIQ) @ _TO_YIQ).reshape(3, 9)
 
 
 class MatrixJitter:
@@ -26,26 +27,25 @@ class MatrixJitter:
         return np.zeros(len(draws.flips), dtype=np.int64)
 
     def columns(self, draws: Draws) -> np.ndarray:
-        """Factors of each view, float64 ``[M, 4]``: of the luma, of two parts of the color, and of the mean luma."""
+        """Color matrix of each view and factor of its mean luma, float64 ``[M, 10]``."""
         drawn = np.where(draws.jittered[:, None], draws.factors, [1.0, 1.0, 1.0, 0.0])
         scale = drawn[:, BRIGHTNESS] * drawn[:, CONTRAST]
         color, angle = scale * drawn[:, SATURATION] * ~draws.grays, 2 * np.pi * drawn[:, HUE]
-        return np.stack([scale, color * np.cos(angle), color * np.sin(angle), drawn[:, BRIGHTNESS] - scale], 1)
+        parts = np.stack([scale, color * np.cos(angle), color * np.sin(angle)], 1)
+        return np.concatenate([parts @ _PARTS, (drawn[:, BRIGHTNESS] - scale)[:, None]], 1)
 
     def __call__(self, views: Tensor, columns: Tensor, group: int, grays: Tensor) -> Tensor:
         """Apply jitter and grayscale.
 
         Args:
             views: fp32 ``[m, 3, S, S]`` in [0, 1].
-            columns: fp32 ``[m, 4]``, rows of :meth:`columns`.
+            columns: fp32 ``[m, 10]``, rows of :meth:`columns`.
             group: number of the group, not used.
             grays: positions of the views that become gray, not used: the factors contain it.
 
         Returns:
             fp32 ``[m, 3, S, S]`` in [0, 1].
         """
-        parts = torch.from_numpy((_TO_RGB @ np.array(_PARTS) @ _TO_YIQ).reshape(3, 9)).float().to(views.device)
-        matrices, colors = (columns[:, :3] @ parts).view(-1, 3, 3), views.flatten(2)
-        weights = columns.new_tensor(LUMA)
-        mean = (colors.mean(2) @ weights * columns[:, 3]).view(-1, 1, 1).expand(-1, 3, 1)
-        return torch.baddbmm(mean, matrices, colors).clamp_(0, 1).view_as(views)
+        mean = luma(views.mean((2, 3), keepdim=True)).flatten(2) * columns[:, 9:, None]
+        matrices = columns[:, :9].reshape(-1, 3, 3)
+        return torch.baddbmm(mean.expand(-1, 3, 1), matrices, views.flatten(2)).clamp_(0, 1).view_as(views)

@@ -1,0 +1,190 @@
+"""What a GPU does with twoview, in one command of less than 10 minutes; prints Markdown tables and writes JSON.
+
+    python benchmarks/gpu.py --json gpu.json
+    python benchmarks/gpu.py --small          # a few images on the CPU, to see that it runs
+
+* Training step: images per second of four methods with ResNet-18, 3x3 stem, 32 px, batch 512, bf16 autocast; share of
+  the rate of a large bf16 matrix product on the same device; share of the time that augmentation takes.
+* Whole run: images per second of ``runs.pretrain`` with the same settings, from its log.
+* Waits: host synchronizations of one step, counted by the debug mode of CUDA; none on a CPU.
+* Augmentation: milliseconds for both views at 32, 96 and 224 px, beside stock Kornia.
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import augment
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from side_by_side import begin, median_seconds, rates, save
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from twoview import runs
+from twoview.augment import TwoViews
+from twoview.backbones import create_backbone
+from twoview.data import fake
+from twoview.heads import projection_head
+from twoview.methods import NNCLR, Method, MoCo, MoCoV3, SimCLR
+from twoview.optim import OptimizerSettings
+from twoview.training.settings import Recipe, RunSettings, TrainerSettings
+
+SMALL_RECIPE = augment.SMALL
+METHODS: dict[str, Callable[..., Method]] = {
+    "SimCLR": SimCLR,
+    "MoCo": partial(MoCo, queue_size=4096),
+    "MoCo v3": partial(MoCoV3, predictor=partial(projection_head, out_dim=128)),
+    "NNCLR": partial(NNCLR, predictor=partial(projection_head, out_dim=128)),
+}
+
+
+class Training:
+    """One training step of a method, as the Trainer does it: views, autocast, optimizer, EMA, queue."""
+
+    def __init__(self, name: str, backbone: str, batch: int, size: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        network, width = create_backbone(backbone, image_size=size)
+        method = METHODS[name](network, projection_head(width))
+        self.method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.augment = TwoViews(size, 3, [0.5] * 3, [0.25] * 3, **SMALL_RECIPE).to(device)
+        self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+        self.ids, self.labels = torch.arange(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+        self.optimizer = OptimizerSettings().build(method, batch)
+        self.device, self.steps = device, 0
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Make the views of the next step."""
+        self.steps += 1
+        return self.augment(self.images, key=(0, self.steps))  # type: ignore[no-any-return]
+
+    def loss(self, views: tuple[Tensor, Tensor]) -> Any:
+        """Compute the networks and the loss under autocast."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.method(*views, ids=self.ids, labels=self.labels)
+
+    def step(self) -> None:
+        """Do the whole step."""
+        made = self.loss(self.views())
+        made.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.method.after_update(0.5)
+        self.method.after_batch(made)
+
+    def flops(self) -> float:
+        """Floating-point operations of forward and backward pass, counted by torch."""
+        with FlopCounterMode(display=False) as counter:
+            self.loss(self.views()).loss.backward()
+        return float(counter.get_total_flops())
+
+
+def product_rate(device: torch.device, size: int, repeats: int) -> float:
+    """FLOP/s of a bf16 matrix product of ``size``."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 / median_seconds({"product": lambda: a @ a}, repeats, warm_up=3)["product"]
+
+
+def count_waits(step: Callable[[], Any]) -> int | None:
+    """Host synchronizations of one step, or None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+class Clock(DummyLogger):  # type: ignore[misc]
+    """Times of the logged steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[tuple[int, float]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Note the time of a logged step."""
+        self.times.append((step or 0, time.perf_counter()))
+
+
+def whole_run(name: str, backbone: str, batch: int, size: int, steps: int) -> float:
+    """Images per second of a run between the first logged step after a fifth of it and the last."""
+    clock = Clock()
+    recipe = Recipe(
+        method=METHODS[name],
+        backbone=partial(create_backbone, backbone, image_size=size),
+        augment=partial(TwoViews, **SMALL_RECIPE),
+    )
+    length = TrainerSettings(max_epochs=None, max_steps=steps, log_every=5, check_every=0)
+    data = partial(fake, image_size=size, batch_size=batch, images=8 * batch)
+    with tempfile.TemporaryDirectory() as folder:
+        runs.pretrain(data, recipe, length, run=RunSettings(run_dir=folder, loggers=[clock]))
+    settled = [entry for entry in clock.times if entry[0] >= steps // 5]
+    (first, start), (last, end) = settled[0], settled[-1]
+    return batch * (last - first) / (end - start)
+
+
+def steps_table(backbone: str, batch: int, size: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Print and return a row for each method."""
+    peak = product_rate(device, 8192 if device.type == "cuda" else 256, repeats)
+    print(f"\nbf16 matrix product: {peak / 1e12:,.1f} TFLOP/s\n")
+    print("| method | images/s | images/s, whole run | share of the matrix product | augmentation | waits per step |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for name in METHODS:
+        training = Training(name, backbone, batch, size, device)
+        seconds = median_seconds({"step": training.step, "views": training.views}, repeats, warm_up=3)
+        row = {
+            "method": name,
+            "per_second": batch / seconds["step"],
+            "whole_run_per_second": whole_run(name, backbone, batch, size, 10 * repeats),
+            "share_of_product": training.flops() / seconds["step"] / peak,
+            "share_of_augmentation": seconds["views"] / seconds["step"],
+            "waits": count_waits(training.step),
+        }
+        rows.append(row)
+        waits = "-" if row["waits"] is None else row["waits"]
+        shares = f"{row['share_of_product']:.1%} | {row['share_of_augmentation']:.1%}"
+        speeds = f"{row['per_second']:,.0f} | {row['whole_run_per_second']:,.0f}"
+        print(f"| {name} | {speeds} | {shares} | {waits} |", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a few images of 16 px, on any device")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", help="file for the tables as JSON")
+    given = parser.parse_args()
+    if not given.small and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; give --small to see that the benchmark runs")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    provenance = begin("Two views of a batch", "views/s")
+    rows: list[dict[str, Any]] = []
+    settings = (
+        [("16 px, batch 8", 16, 16, 8, {})]
+        if given.small
+        else [
+            ("32 px, batch 512, no blur", 32, 32, 512, SMALL_RECIPE),
+            ("96 px, batch 256, blur", 96, 110, 256, {}),
+            ("224 px, batch 256, blur", 224, 256, 256, {}),
+        ]
+    )
+    for name, size, source, batch, knobs in settings:
+        made = augment.cases(size, source, 3, batch, knobs, str(device), others=False)
+        rows += rates(name, made, 2 * batch, given.repeats)
+    backbone, batch, size = ("test_resnet", 8, 16) if given.small else ("resnet18", 512, 32)
+    provenance["steps"] = steps_table(backbone, batch, size, given.repeats, device)
+    save(given.json, provenance, rows)
+
+
+if __name__ == "__main__":
+    main()
