@@ -83,7 +83,7 @@ class Engine:
                 view.index_copy_(0, blurred, soft)
             if len(solarized):
                 view.index_copy_(0, solarized, solarize(view[solarized]))
-            view = torch.addcmul(-mean / std, view, 1 / std)
+            view = view.sub_(mean).div_(std)
             views.index_copy_(0, rows, view.contiguous(memory_format=torch.channels_last))
         return views[:n], views[n:]
 

@@ -39,7 +39,8 @@ def blend(views: Tensor, factor: Tensor, to_mean: Tensor, to_luma: Tensor) -> Te
     """
     if views.shape[1] == 3:
         gray = luma(views)
-        other = torch.addcmul(gray.mean((2, 3), keepdim=True).mul_(to_mean), gray, to_luma)
+        mean = gray.mean((2, 3), keepdim=True)
+        other = gray.mul_(to_luma).add_(mean.mul_(to_mean))
     else:
         other = views.mean((1, 2, 3), keepdim=True).mul_(to_mean)
     return torch.addcmul(other, views, factor, out=views).clamp_(0, 1)
