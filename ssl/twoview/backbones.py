@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -11,7 +12,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from twoview.devices import explained_memory
+from twoview.devices import explained_memory, require_memory
 from twoview.errors import UserError, require, require_at_least, require_choice
 from twoview.torch_files import load_safetensors, load_torch
 
@@ -165,6 +166,7 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
         48
     """
     was_training = network.training
+    _require_memory_of_first_layer(network, in_chans, image_size)
     try:
         features = network.eval()(torch.zeros(2, in_chans, image_size, image_size))
     except Exception as error:
@@ -175,6 +177,14 @@ def feature_width(network: nn.Module, in_chans: int, image_size: int, name: str 
     shape = list(features.shape)
     require(len(shape) == 2, f"backbone.name={name}: its features have shape {shape}, not [N, F]; choose another")
     return int(shape[1])
+
+
+def _require_memory_of_first_layer(network: nn.Module, in_chans: int, image_size: int) -> None:
+    """Refuse images of which two, and what the first convolution makes of them, do not fit in memory."""
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    values = in_chans if first is None else in_chans + first.out_channels / math.prod(first.stride)
+    needed = math.ceil(2 * 4 * values) * image_size**2
+    require_memory(f"data.image_size={image_size}", needed, "choose a smaller one")
 
 
 def check_patches(network: nn.Module, image_size: int) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import platform
 import re
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from twoview.errors import UserError
+from twoview.errors import UserError, require
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:
@@ -84,12 +83,67 @@ def explained_memory(message: str) -> Iterator[None]:
         raise explained from error
 
 
-def memory_size(device: torch.device) -> float:
-    """Return the total memory of a device in bytes, infinity if it is not known."""
+def require_memory(knobs: str, needed: float, advice: str, device: torch.device | None = None) -> None:
+    """Refuse what does not fit, before it is allocated: Linux grants more than there is, and kills the process later.
+
+    Args:
+        knobs: knobs with their values that ask for the memory, for the message.
+        needed: number of bytes that are about to be allocated.
+        advice: what needs less memory.
+        device: where the memory is needed; None for the CPU.
+
+    Raises:
+        UserError: if ``needed`` exceeds :func:`available_memory`.
+
+    Example:
+        >>> require_memory("method.queue_size=65536", 65536 * 528, "choose a smaller one")
+    """
+    available, needed = available_memory(device or torch.device("cpu")), min(needed, 1e30)  # any integer is a float
+    message = f"needs {needed / 1e9:,.1f} GB of memory, but there are {available / 1e9:,.1f} GB"
+    require(needed <= available, f"{knobs}: {message}; {advice}")
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> float:
+    """Return the number of bytes that this process can have on a device, infinity if it is not known.
+
+    On a CPU, this is the free memory of the machine, or what the container or the cluster job of this process has left
+    of its limit if that is less. Memory that only caches files is free.
+
+    Args:
+        device: device; for a GPU, its total memory is returned.
+        root: folder in which the files of the Linux kernel are read.
+
+    Example:
+        >>> available_memory(torch.device("cpu")) > 0
+        True
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    sizes = []
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # not Linux, or no limit of a container
-        sizes.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-        sizes.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(sizes, default=math.inf)
+    found = _limits_of_groups(root)
+    with contextlib.suppress(OSError, ValueError):  # not Linux
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return max(0.0, min(found, default=math.inf))
+
+
+def _limits_of_groups(root: Path) -> list[float]:
+    """Bytes left in each control group with a limit that this process belongs to, of version 1 or 2."""
+    found: list[float] = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for controllers, path in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = top / path.lstrip("/")  # may be a path outside of this container, whose own group is the top
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
+            with contextlib.suppress(OSError, ValueError):  # without a limit, the file contains "max"
+                allowed, taken = (float((folder / f"memory.{name}").read_text()) for name in (limit, used))
+                kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                prefix = "total_" if controllers else ""  # version 1 counts the groups below apart
+                cached = sum(int(kinds.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                found.append(allowed - taken + cached)
+    return found

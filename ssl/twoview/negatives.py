@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from twoview.devices import require_memory
 from twoview.errors import UserError, require_at_least
 from twoview.losses import l2_normalize
 
@@ -18,7 +19,7 @@ class NegativeQueue(nn.Module):
         dim: width D of a key.
 
     Raises:
-        UserError: if the size is below 1.
+        UserError: if the size is below 1, or the keys do not fit in memory.
 
     Example:
         >>> queue = NegativeQueue(size=4, dim=2)
@@ -31,12 +32,14 @@ class NegativeQueue(nn.Module):
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         require_at_least("method", 1, queue_size=size)
+        needed, advice = size * (4 * dim + 16), "choose a smaller one, such as 65536"
+        require_memory(f"method.queue_size={size}", needed, advice)
         try:
             self.keys = nn.Buffer(torch.zeros(size, dim))
             self.ids = nn.Buffer(torch.full((size,), -1))
         except (MemoryError, RuntimeError) as error:
-            message = f"needs {size * (4 * dim + 16) / 1e9:,.1f} GB of memory, which could not be allocated"
-            raise UserError(f"method.queue_size={size}: {message}; choose a smaller one, such as 65536") from error
+            message = f"needs {needed / 1e9:,.1f} GB of memory, which could not be allocated"
+            raise UserError(f"method.queue_size={size}: {message}; {advice}") from error
         self.pushed_at = nn.Buffer(torch.zeros(size, dtype=torch.int64))
         self.filled = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self.cursor = nn.Buffer(torch.zeros((), dtype=torch.int64))

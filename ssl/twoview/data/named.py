@@ -11,6 +11,7 @@ import torch
 from twoview.data.image_data import ImageData
 from twoview.data.images import TensorImages
 from twoview.data.preprocess import fit_channels, fit_size, stored_size
+from twoview.devices import require_memory
 from twoview.errors import UserError, require, require_at_least
 
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -58,15 +59,19 @@ def fake(
         classes: number of classes, at least 2.
 
     Raises:
-        UserError: if ``classes`` is below 2.
+        UserError: if ``classes`` or ``images`` is below 2, a size is below 1, or the images do not fit in memory.
     """
     require_at_least("data", 2, classes=classes, images=images)
+    require_at_least("data", 1, image_size=image_size, channels=channels)
+    # While the images are drawn, a pixel takes 9 bytes.
+    needed = 9 * images * channels * image_size**2
+    require_memory(f"data.images={images} data.image_size={image_size}", needed, "choose fewer or smaller images")
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> TensorImages:
         labels = torch.arange(count) % classes
         noise = torch.randint(0, 156, (count, channels, image_size, image_size), generator=generator)
-        return TensorImages((noise + (100 * labels // classes).view(-1, 1, 1, 1)).to(torch.uint8), labels)
+        return TensorImages(noise.add_((100 * labels // classes).view(-1, 1, 1, 1)).to(torch.uint8), labels)
 
     train, test = split(images), split(max(images // 4, classes))
     return ImageData(train, train, test, [str(i) for i in range(classes)], batch_size, name="fake")
@@ -141,5 +146,6 @@ def _load(name: str, root: str | Path, download: bool, **which: Any) -> Any:
 
 def _resized(pixels: np.ndarray, labels: Any, image_size: int, channels: int) -> TensorImages:
     size = stored_size(image_size, store_size=image_size)
+    require_memory(f"data.image_size={image_size}", len(pixels) * channels * size**2, "choose a smaller one")
     stored = torch.from_numpy(np.ascontiguousarray(pixels))
     return TensorImages(fit_size(fit_channels(stored, channels), size), torch.as_tensor(labels).long())

@@ -2,10 +2,10 @@
 
 import glob
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from twoview.data.image_data import ImageData
 from twoview.data.images import Images, LazyImages, split_labels
 from twoview.data.preprocess import stored_size
 from twoview.data.scan import read_all
+from twoview.devices import available_memory
 from twoview.errors import UserError, require, require_at_least
 
 log = logging.getLogger(__name__)
@@ -225,11 +226,5 @@ def _split(splits: Sequence[Images], seed: int) -> tuple[Images, Images | None, 
 
 
 def _free_bytes() -> float:
-    free: list[float] = []
-    with suppress(OSError, ValueError):  # not Linux, or no such limit
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        # A container or a cluster job may have a lower limit. Without a limit, the file contains "max": a ValueError.
-        limit, used = (float(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free.append(limit - used)
-    return min(free, default=4e9)
+    free = available_memory(torch.device("cpu"))
+    return free if math.isfinite(free) else 4e9

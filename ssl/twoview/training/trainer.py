@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist, nn
 
 from twoview.backbones import is_depthwise
-from twoview.devices import explained_memory, memory_size, pick_device
+from twoview.devices import explained_memory, pick_device, require_memory
 from twoview.errors import UserError, require
 from twoview.training.checkpoints import AtomicCheckpointIO
 from twoview.training.lightning_internals import process_observer
@@ -79,10 +79,10 @@ def build_trainer(
 
 def _check_memory(network: nn.Module, device: torch.device) -> None:
     """Refuse a network whose weights and gradients alone do not fit; the system would kill the process."""
-    needed = sum(2 * p.numel() * p.element_size() for p in network.parameters()) / 1e9
-    size = memory_size(device) / 1e9
-    message = f"its weights and gradients need {needed:.1f} GB, but there are {size:.1f} GB; choose a smaller network"
-    require(needed < size, f"backbone.name: {message}")
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    # In the memory of the CPU, the weights are already there, and only the gradients are still needed.
+    needed = weights if device.type == "cpu" else 2 * weights
+    require_memory("backbone.name", needed, "choose a smaller network", device)
 
 
 def _nodes(devices: int) -> int:
