@@ -4,18 +4,23 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from twoview.data.image_data import ImageData
 from twoview.data.images import WINDOW
 from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
+from twoview.devices import available_memory, require_memory
 from twoview.errors import UserError, require
 
 CACHE_BYTES = 2**28  # largest size in bytes of the row groups that each process caches
+GROUP_BYTES = 2e9  # largest size in bytes of the images of a row group, or a quarter of the free memory if that is less
+READ_ROWS = 1024  # largest number of rows that are decoded at a time
+ROW_BYTES = 64  # size in bytes of the name, the label and the positions that a run holds for each row
 
 
 class ParquetImages(Sequence[bytes]):
@@ -28,13 +33,22 @@ class ParquetImages(Sequence[bytes]):
         groups: for each row group, the index of its file in ``files`` and the index of the row group in that file.
         starts: int64, position of the first image of each row group, followed by the total number of images.
         read_paths: whether strings are paths of image files to open, relative to the folder of the Parquet file.
+        limit: largest size in bytes of the images of a row group; larger row groups are not read.
     """
 
     def __init__(
-        self, files: list[str], column: str, groups: list[tuple[int, int]], starts: np.ndarray, read_paths: bool = False
+        self,
+        files: list[str],
+        column: str,
+        groups: list[tuple[int, int]],
+        starts: np.ndarray,
+        read_paths: bool = False,
+        limit: float = GROUP_BYTES,
     ) -> None:
         self.files, self.column, self.groups, self.starts, self.read_paths = files, column, groups, starts, read_paths
+        self.limit = limit
         self.cached: OrderedDict[int, Any] = OrderedDict()
+        self.too_large: set[int] = set()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -73,12 +87,42 @@ class ParquetImages(Sequence[bytes]):
         import pyarrow.compute
         import pyarrow.parquet
 
-        file, number = self.groups[group]
-        # Single-threaded: pyarrow's thread pool does not survive the fork of a loader process.
-        with pyarrow.parquet.ParquetFile(self.files[file]) as handle:
-            column = handle.read_row_group(number, columns=[self.column], use_threads=False)[self.column]
-        column = column.combine_chunks()
+        (file, number), parts, size = self.groups[group], [], 0
+        message = f"the images of this row group take more than {self.limit / 1e9:.1f} GB"
+        if group not in self.too_large:
+            with pyarrow.parquet.ParquetFile(self.files[file]) as handle:
+                for part in _parts(handle, self.column, number, self.limit):
+                    parts.append(part)
+                    size += part.nbytes
+                    if size > self.limit:
+                        self.too_large.add(group)  # or the group would be decoded again for each of its rows
+                        break
+        if group in self.too_large:
+            raise ValueError(f"{message}; write the file with smaller row groups")
+        column = pyarrow.chunked_array(parts)
         return pyarrow.compute.struct_field(column, "bytes") if pyarrow.types.is_struct(column.type) else column
+
+
+def _parts(handle: Any, column: str, group: int, limit: float) -> Iterator[Any]:
+    """Decode a column of a row group some rows at a time.
+
+    A value or a prefix of values that many rows share is stored once and decoded for each of them, so the size of a
+    whole row group is not known before it is decoded. The rows at a time take at most a quarter of ``limit`` bytes,
+    since no value is larger than what is stored.
+    """
+    rows = int(limit / 4 // max(1, _stored_bytes(handle, column, group)))
+    rows = max(1, min(READ_ROWS, rows))
+    # Single-threaded: pyarrow's thread pool does not survive the fork of a loader process.
+    for batch in handle.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
+        yield batch.column(0)
+
+
+def _stored_bytes(handle: Any, column: str, group: int) -> int:
+    """Size of a column of a row group as it is stored, before compression."""
+    chunks = handle.metadata.row_group(group)
+    paths = [handle.schema.column(i).path for i in range(chunks.num_columns)]
+    own = [i for i, path in enumerate(paths) if path == column or path.startswith(f"{column}.")]
+    return sum(int(chunks.column(i).total_uncompressed_size) for i in own)
 
 
 def parquet(
@@ -118,6 +162,7 @@ def _read_index(root: Places, knob: str, image_column: str | None, label_column:
         import pyarrow.parquet
     except ImportError:
         raise UserError('data=parquet needs: pip install "twoview[parquet]"') from None
+    limit = min(GROUP_BYTES, available_memory(torch.device("cpu")) / 4)
     groups, sizes, names = [], [0], []
     columns: tuple[str, str | None] = ("", None)  # columns of the first file
     for number, file in enumerate(files):
@@ -130,12 +175,21 @@ def _read_index(root: Places, knob: str, image_column: str | None, label_column:
                 require(read_paths or not strings, f"data.image_column={columns[0]}: {advice}")
                 groups += [(number, group) for group in range(handle.num_row_groups)]
                 sizes += [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
-                names += _label_names(handle.read([columns[1]])[columns[1]], schema, columns[1]) if columns[1] else []
+                _check_sizes(handle, columns[0], sum(sizes), limit, f"{knob}: {file}")
+                names += _label_names(handle, columns[1], limit) if columns[1] else []
         except (OSError, KeyError, pyarrow.ArrowException) as error:
             raise UserError(f"{knob}: {file} cannot be read as Parquet ({error}); repair or remove it") from error
     require(sum(sizes), f"{knob}: there are no rows in {', '.join(files[:3])}")
-    images = ParquetImages(files, columns[0], groups, np.cumsum(sizes, dtype=np.int64), read_paths)
+    images = ParquetImages(files, columns[0], groups, np.cumsum(sizes, dtype=np.int64), read_paths, limit)
     return Split(images, names or [None] * len(images))
+
+
+def _check_sizes(handle: Any, column: str, rows: int, limit: float, where: str) -> None:
+    """Refuse more rows than can be listed in memory, and row groups that are stored with more than ``limit`` bytes."""
+    require_memory(f"{where}: a list of {rows:,} images", ROW_BYTES * rows, "give other files")
+    stored = max((_stored_bytes(handle, column, group) for group in range(handle.num_row_groups)), default=0)
+    message = f"has a row group of {stored / 1e9:,.1f} GB, but at most {limit / 1e9:,.1f} GB are read at once"
+    require(stored <= limit, f"{where}: {message}; write the file with smaller row groups")
 
 
 def _columns(schema: Any, knob: str, image: str | None, label: str | None) -> tuple[str, str | None]:
@@ -157,15 +211,20 @@ def _declared_names(schema: Any, column: str) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _label_names(column: Any, schema: Any, name: str) -> list[str | None]:
+def _label_names(handle: Any, name: str, limit: float) -> list[str | None]:
     """Return class names of the Hugging Face metadata, else the values as text; None for null and numbers < 0."""
-    declared = _declared_names(schema, name)
-    values = column.to_pylist()
-    names: dict[Any, str | None] = {}
-    try:
-        for value in set(values):
-            unknown = value is None or (isinstance(value, int) and value < 0)
-            names[value] = None if unknown else declared[value] if declared else str(value)
-    except (TypeError, IndexError) as error:
-        raise UserError(f"data.label_column={name}: holds no class numbers or names ({error}); name another") from error
-    return [names[value] for value in values]
+    declared = _declared_names(handle.schema_arrow, name)
+    found: list[str | None] = []
+    names: dict[Any, str | None] = {}  # so that equal values share one string
+    for group in range(handle.num_row_groups):
+        for part in _parts(handle, name, group, limit):
+            values = part.to_pylist()
+            try:
+                for value in set(values) - names.keys():
+                    unknown = value is None or (isinstance(value, int) and value < 0)
+                    names[value] = None if unknown else declared[value] if declared else str(value)
+            except (TypeError, IndexError) as error:
+                message = f"holds no class numbers or names ({error}); name another"
+                raise UserError(f"data.label_column={name}: {message}") from error
+            found += [names[value] for value in values]
+    return found
