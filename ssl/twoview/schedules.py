@@ -1,12 +1,13 @@
 """Schedules as stateless functions of the progress of training."""
 
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from twoview.errors import require
 
 
-def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float = 10.0, end: float = 0.0) -> float:
+def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float | None = None, end: float = 0.0) -> float:
     """Compute the factor of the base learning rate: linear warm-up, then cosine decay to ``end``.
 
     SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.6. The cosine decay is that of Loshchilov & Hutter 2017,
@@ -16,23 +17,58 @@ def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float = 10.0, end:
         epoch: number of completed epochs, >= 0; may be a fraction.
         epochs: length of the run in epochs. ``inf`` if the length is unknown; the factor then stays at 1 after the
             warm-up.
-        warmup_epochs: length of the warm-up in epochs; shortened to a fifth of the run if longer.
+        warmup_epochs: length of the warm-up in epochs, >= 0; None for 10. Shortened to a fifth of the run if longer.
         end: factor at the end of the run, in [0, 1].
 
     Returns:
         The factor, in [0, 1].
 
+    Raises:
+        UserError: if ``warmup_epochs`` or ``end`` is out of range.
+
     Example:
         >>> [round(warmup_cosine(e, 100), 3) for e in (0, 5, 10, 55, 100)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    require(warmup_epochs >= 0, f"scheduler.warmup_epochs={warmup_epochs}: must be at least 0")
+    possible = warmup_epochs is None or (isinstance(warmup_epochs, int | float) and warmup_epochs >= 0)
+    require(possible, f"scheduler.warmup_epochs={warmup_epochs}: must be at least 0, or null for 10")
     require(0 <= end <= 1, f"scheduler.end={end}: must lie between 0 and 1, such as 0.1")
-    warmup = min(warmup_epochs, epochs / 5)
+    warmup = min(10.0 if warmup_epochs is None else warmup_epochs, epochs / 5)
     if epoch < warmup:
         return epoch / warmup
     progress = min(1.0, (epoch - warmup) / (epochs - warmup)) if epochs > warmup else 1.0
     return cosine_ramp(progress, 1.0, end)
+
+
+def chosen_warmup(schedule: Callable[..., float]) -> float | None:
+    """Return the length of the warm-up in epochs that a partial of a schedule sets; None if it sets none.
+
+    Args:
+        schedule: a schedule, or a partial of one with a keyword ``warmup_epochs``.
+
+    Example:
+        >>> from functools import partial
+        >>> chosen_warmup(partial(warmup_cosine, warmup_epochs=5)), chosen_warmup(warmup_cosine)
+        (5, None)
+    """
+    keywords: dict[str, Any] = getattr(schedule, "keywords", {})
+    return keywords.get("warmup_epochs")
+
+
+def require_warmup_fits(schedule: Callable[..., float], lengths: Mapping[str, float]) -> None:
+    """Raise :class:`UserError` if a schedule sets a warm-up that is longer than the run.
+
+    Args:
+        schedule: a schedule, or a partial of one.
+        lengths: length of the run in epochs by each knob that limits it, such as "trainer.max_epochs=60".
+
+    Example:
+        >>> require_warmup_fits(warmup_cosine, {"trainer.max_epochs=3": 3})
+    """
+    warmup = chosen_warmup(schedule)
+    for limit, epochs in lengths.items():
+        message = f"longer than the run of {limit}; choose fewer, or null for at most a fifth of the run"
+        require(warmup is None or warmup <= epochs, f"scheduler.warmup_epochs={warmup}: {message}")
 
 
 def constant(epoch: float, epochs: float) -> float:

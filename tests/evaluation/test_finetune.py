@@ -12,14 +12,15 @@ from twoview.errors import UserError
 from twoview.evaluation import FineTuning
 from twoview.evaluation.invariance import IDENTITY
 from twoview.optim import OptimizerSettings
+from twoview.schedules import warmup_cosine
 
 
-def tuned(finished, run_dir, **changes):
+def tuned(finished, run_dir, warmup_epochs=None, **changes):
     short = {"epochs": 3, "least_steps": 0, "batch_size": 32, "learning_rates": (1e-5, 3e-3), "label_share": 0.2}
     optimizer = OptimizerSettings(torch.optim.AdamW, lr=1.0)
     settings = FineTuning(**(short | changes))
-    augment = partial(TwoViews, **IDENTITY)
-    return runs.finetune(finished.folder, short_data, augment, optimizer, settings=settings, run_dir=run_dir)
+    augment, schedule = partial(TwoViews, **IDENTITY), partial(warmup_cosine, warmup_epochs=warmup_epochs)
+    return runs.finetune(finished.folder, short_data, augment, optimizer, schedule, settings, run_dir=run_dir)
 
 
 def test_fine_tuning_uses_a_share_of_the_labels_and_chooses_on_held_out_ones(finished, tmp_path):
@@ -37,6 +38,11 @@ def test_fine_tuning_uses_a_share_of_the_labels_and_chooses_on_held_out_ones(fin
     assert float((predictions["finetune"] == predictions["labels"]).double().mean()) == pytest.approx(own["test_top1"])
     again = tuned(finished, tmp_path / "b", supervised=False)
     assert again["results"] == {"fine-tuned": report["results"]["fine-tuned"]}
+
+
+def test_a_warmup_longer_than_fine_tuning_is_refused(finished, tmp_path):
+    with pytest.raises(UserError, match="warmup_epochs=4: longer than the run of 3 epochs of fine-tuning"):
+        tuned(finished, tmp_path, warmup_epochs=4)
 
 
 @pytest.mark.parametrize(

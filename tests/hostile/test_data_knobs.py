@@ -81,6 +81,11 @@ def test_the_batch_is_all_images_if_there_are_few(work):
     assert found.out.count("data.batch_size is 12, the number of images") == 1
 
 
+def test_a_warmup_that_an_experiment_sets_is_compared_with_the_run(work):
+    found = run(work, "experiment=cifar10_cpu", "data.root=images", "data.batch_size=4", "trainer.max_steps=2")
+    assert found.refused("scheduler.warmup_epochs=1: longer than the run of trainer.max_steps=2 (0.667 epochs)"), found
+
+
 def test_one_picture_is_too_few(work):
     for i in range(1, 12):
         (work / "images" / f"{i:02}.png").unlink()

@@ -159,16 +159,12 @@ def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
 
 
 def _check_effects(given: Iterable[str], cfg: DictConfig) -> None:
-    """Refuse knobs that were given and that this configuration replaces or cuts off."""
-    lr, warmup, epochs = (
-        OmegaConf.select(cfg, key) for key in ("optimizer.lr", "scheduler.warmup_epochs", "trainer.max_epochs")
-    )
+    """Refuse knobs that were given and that this configuration replaces."""
     replaced = "optimizer.lr" in given and "finetune" in cfg
+    lr = OmegaConf.select(cfg, "optimizer.lr")
     require(
         not replaced, f"optimizer.lr={lr}: task=finetune chooses one of finetune.learning_rates; give these instead"
     )
-    longer = "scheduler.warmup_epochs" in given and epochs is not None and warmup > epochs
-    require(not longer, f"scheduler.warmup_epochs={warmup}: longer than the run of trainer.max_epochs={epochs}")
 
 
 def _fits(before: Any, value: Any) -> bool:

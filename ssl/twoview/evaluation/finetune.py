@@ -22,6 +22,7 @@ from twoview.evaluation.linear_sgd import shuffled
 from twoview.evaluation.probe import Prediction, score
 from twoview.evaluation.settings import EvaluationSettings
 from twoview.optim import OptimizerSettings
+from twoview.schedules import require_warmup_fits
 from twoview.training.trainer import choose_precision
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def _train(encoder: Encoder, positions: Tensor, lr: float, how: Supervised) -> E
         optimizer = replace(how.optimizer, lr=lr).build(network, settings.batch_size)
         steps_per_epoch = max(1, len(positions) // settings.batch_size)
         epochs = max(settings.epochs, math.ceil(settings.least_steps / steps_per_epoch))
+        require_warmup_fits(how.schedule, {f"{epochs} epochs of fine-tuning": epochs})
         for batch, progress, key in shuffled(train, positions, settings.batch_size, epochs, how.seed):
             view = how.views(batch.pixels.to(device), key)[0].to(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -1,6 +1,7 @@
 """A pretraining run: check all settings, then train."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from twoview.files import write_atomically
 from twoview.methods import Method
 from twoview.negatives import NegativeQueue
 from twoview.optim import describe_groups
+from twoview.schedules import require_warmup_fits
 from twoview.training import callbacks
 from twoview.training.checkpoints import newest
 from twoview.training.lightning_internals import batches_completed, keep_csv_rows
@@ -98,6 +100,7 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     hooks = [logger, check, save, signals, callbacks.ProgressBar(), *limit]
     trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
     _check_devices(trainer, method, images)
+    _check_warmup(recipe, settings, images)
     conditions = _conditions(trainer, settings, images, run, recipe.optimizer.name)
     batch = images.batch_size * settings.accumulate
     module = Pretraining(
@@ -213,6 +216,17 @@ def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> Non
         )
     unsynced = method.bn != "sync" or device == "cuda"
     require(unsynced, f"method.bn=sync: needs a GPU, not {device}; choose plain or split")
+
+
+def _check_warmup(recipe: Recipe, settings: TrainerSettings, images: ImageData) -> None:
+    steps_per_epoch = math.ceil(len(images.pretrain) // images.batch_size / settings.accumulate)
+    lengths: dict[str, float] = {}
+    if settings.max_epochs is not None:
+        lengths[f"trainer.max_epochs={settings.max_epochs}"] = settings.max_epochs
+    if settings.max_steps is not None:
+        epochs = settings.max_steps / steps_per_epoch
+        lengths[f"trainer.max_steps={settings.max_steps} ({epochs:.3g} epochs)"] = epochs
+    require_warmup_fits(recipe.schedule, lengths)
 
 
 def _conditions(

@@ -1,11 +1,13 @@
 """Conversion of a time limit to a number of steps."""
 
 import logging
+import math
 import time
 from typing import Any
 
 import lightning as L
 
+from twoview.schedules import chosen_warmup
 from twoview.training.lightning_internals import set_max_steps
 
 log = logging.getLogger(__name__)
@@ -63,3 +65,8 @@ class TimeLimit(L.Callback):
             set_max_steps(trainer, total)
             self.fixed = True
             log.info("trainer.max_time: %.3f s per step, so the run has %d steps", per_step, total)
+            epochs = total / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            warmup = chosen_warmup(pl_module.schedule)
+            if warmup is not None and warmup > epochs:
+                message = "scheduler.warmup_epochs=%g: longer than the run of %.3g epochs that trainer.max_time leaves"
+                log.warning(f"{message}; the warm-up is a fifth of the run", warmup, epochs)
