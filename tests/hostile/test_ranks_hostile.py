@@ -8,16 +8,23 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from commands import environment
+from data.image_files import load, make_folder
+from short_runs import CPU, RECIPE
 from torch import distributed as dist
 
+from twoview.data import fake
 from twoview.errors import UserError
 from twoview.methods import Step
+from twoview.training import RunSettings
 from twoview.training.callbacks import training_logger
+from twoview.training.pretraining import prepare
 from twoview.training.ranks import Ranks
 
 ENDLESS = ["data=fake", "data.images=256", "data.batch_size=32", "backbone.name=test_resnet", "data.image_size=16"]
@@ -110,3 +117,38 @@ def test_logged_figures_are_those_of_all_ranks():
     first, second = queue.get(timeout=20), queue.get(timeout=20)
     assert first == second
     assert first == pytest.approx(training_logger.figures(step(0, 1)), abs=1e-6)
+
+
+def prepared(tmp_path, devices, data):
+    """A run of some processes, before the other processes are started."""
+    return prepare(data, RECIPE, replace(CPU, devices=devices), RunSettings(run_dir=tmp_path / "r"), 0.2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Function that loads 20 images, of which 4 are held out."""
+    return partial(load, make_folder(tmp_path_factory.mktemp("images"), each=10), channels=1)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 16), (2, 16), (3, 15), (5, 15), (9, 9), (16, 16)])
+def test_a_batch_that_was_not_chosen_is_a_multiple_of_the_processes(devices, batch, images, tmp_path, caplog):
+    caplog.set_level("INFO")
+    found = prepared(tmp_path, devices, partial(images, batch_size=None)).images.batch_size
+    assert (found, type(found)) == (batch, int)
+    assert caplog.text.count(f"the largest multiple of {devices} processes") == int(batch < 16)
+
+
+def test_a_batch_that_was_chosen_and_too_many_processes_are_refused(images, tmp_path):
+    with pytest.raises(UserError, match="data.batch_size=16: cannot be divided among 3 processes"):
+        prepared(tmp_path, 3, partial(images, batch_size=16))
+    with pytest.raises(UserError, match="trainer.devices: 17 processes, but folder has 16 images to learn from"):
+        prepared(tmp_path, 17, partial(images, batch_size=None))
+
+
+def test_more_processes_than_cores_are_warned_about(tmp_path, caplog):
+    cores = os.cpu_count()
+    for devices in (cores, cores + 1):
+        caplog.clear()
+        prepared(tmp_path, devices, fake(16, channels=1, batch_size=2 * devices, images=2 * devices))
+        warned = f"trainer.devices={devices}: more processes than cores ({cores}), so training is slow" in caplog.text
+        assert warned == (devices > cores)

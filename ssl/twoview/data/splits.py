@@ -186,11 +186,15 @@ def _real(places: Places) -> set[str]:
     return {os.path.realpath(os.path.expanduser(str(place))) for place in listed}
 
 
+class DefaultBatch(int):
+    """Batch size that was not chosen, and that training may reduce to a multiple of its number of processes."""
+
+
 def _batch_size(images: int, given: int | None) -> int:
     """The given batch size; by default 256, or all images if there are fewer."""
     if given is None and images < DEFAULT_BATCH:
         log.info("data: data.batch_size is %d, the number of images, as there are fewer than %d", images, DEFAULT_BATCH)
-    return min(images, DEFAULT_BATCH) if given is None else given
+    return DefaultBatch(min(images, DEFAULT_BATCH)) if given is None else given
 
 
 def _compare_classes(found: dict[str, Split]) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from twoview.backbones import build_arguments, check_patches
 from twoview.data import ImageData, from_dataset, split_holdout
+from twoview.data.splits import DefaultBatch
 from twoview.devices import device_capability, device_name
 from twoview.encoder import Encoder, ModelCard, hidden_labels, versions
 from twoview.errors import require
@@ -205,6 +206,7 @@ def _card(architecture: dict[str, Any], method: Method, images: ImageData, seed:
 
 def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> None:
     world, device = trainer.world_size, trainer.strategy.root_device.type
+    _divide_default_batch(images, world)
     message = f"cannot be divided among {world} processes; choose a multiple of their number"
     require(images.batch_size % world == 0, f"data.batch_size={images.batch_size}: {message}")
     number, accumulated = len(images.pretrain) // images.batch_size, trainer.accumulate_grad_batches
@@ -216,6 +218,17 @@ def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> Non
         )
     unsynced = method.bn != "sync" or device == "cuda"
     require(unsynced, f"method.bn=sync: needs a GPU, not {device}; choose plain or split")
+
+
+def _divide_default_batch(images: ImageData, world: int) -> None:
+    """Reduce a batch size that was not chosen to a multiple of the number of processes."""
+    if isinstance(images.batch_size, DefaultBatch):
+        number, fitting = len(images.pretrain), images.batch_size // world * world
+        message = f"{images.name} has {number} images to learn from; choose fewer processes"
+        require(fitting, f"trainer.devices: {world} processes, but {message}")
+        if fitting < images.batch_size:
+            log.info("data: data.batch_size is %d, the largest multiple of %d processes", fitting, world)
+        images.batch_size = fitting  # a plain number, which checkpoints can hold
 
 
 def _check_warmup(recipe: Recipe, settings: TrainerSettings, images: ImageData) -> None:
