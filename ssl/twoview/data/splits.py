@@ -48,7 +48,8 @@ class LoadSettings:
         channels: 1, 3, 4, or the number of channels of ``.npy`` and multi-channel TIFF files.
         batch_size: global batch size of pretraining; None for 256, or for the number of images if there are fewer.
         max_broken: largest share of the images that may be unreadable, in [0, 1]. Unreadable images are left out and
-            listed.
+            listed. Images that become unreadable during training count too; each process of a run counts those that it
+            meets, so that N processes may lose N times the share together.
         memory: largest size of decoded images to hold in memory, in bytes or as "500MB" or "2GB"; None for a quarter of
             the free memory. Larger data sets are decoded by loader processes in every epoch.
         num_workers: number of loader processes; None for one per core.
