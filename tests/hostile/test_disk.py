@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -99,6 +100,47 @@ def test_what_cannot_be_written_is_said_in_a_sentence(name, tmp_path):
     if name in ("full stdout", "broken pipe"):
         assert (tmp_path / "work/runs/r/report.json").exists()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def other_user():
+    """The command runs as a user who has no rights beyond those of everybody."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+@pytest.fixture
+def public():
+    """A folder that everybody can read, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        (["runs/r"], [FOLDER]),
+        (["runs"], [FOLDER]),
+        (["runs"], ["-m", "seed=0,1", "hydra.sweep.dir=runs/s"]),
+        (["runs/r", "runs/r/checkpoints"], ["resume=runs/r", "trainer.max_steps=3"]),
+    ],
+    ids=["run folder", "folder above", "sweep", "resume"],
+)
+def test_a_folder_that_may_not_be_written_is_said_in_a_sentence(names, arguments, public):
+    work = public / "work"
+    if arguments[0].startswith("resume"):
+        assert run(work, FOLDER, *QUICK).code == 0
+    for name in names:
+        (work / name).mkdir(parents=True, exist_ok=True)
+        (work / name).chmod(0o555)
+    before = sorted(work.rglob("*"))
+    given = arguments if arguments[0].startswith("resume") else [*arguments, *QUICK]
+    found = run(work, *given, prepare=other_user)
+    assert found.refused(": Permission denied; make it writable"), found
+    assert "runs/" in found.err
+    assert sorted(work.rglob("*")) == before
 
 
 @pytest.fixture(scope="module")
