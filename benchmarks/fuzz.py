@@ -142,7 +142,8 @@ KINDS = {
     "weights (.safetensors)": ("run/w.safetensors", lambda root: create_backbone(
         "test_resnet", 1, 16, weights=root / "run/w.safetensors")),
     "image files": ("images/*/*", lambda root: all_pixels(folder(root / "images", **LOAD))),
-    "image files, not in memory": ("images/*/*", lambda root: all_pixels(folder(root / "images", memory=0, **LOAD))),
+    "image files, not in memory": ("images/*/*", lambda root: all_pixels(
+        folder(root / "images", memory=0, cache=False, **LOAD))),
     "lists": ("lists/*", lambda root: folder(next((root / "lists").glob("*")), **LOAD)),
     "shards": ("shards/*", lambda root: all_pixels(webdataset(str(root / "shards"), **LOAD))),
     "Parquet": ("tables/*", lambda root: all_pixels(parquet(str(root / "tables"), **LOAD))),

@@ -66,7 +66,7 @@ def train(root: str, run_dir: str, steps: int) -> None:
         schedule=constant,
     )
     runs.pretrain(
-        partial(folder, root, image_size=32, batch_size=256, memory=0, num_workers=2),
+        partial(folder, root, image_size=32, batch_size=256, memory=0, cache=False, num_workers=2),
         recipe,
         TrainerSettings(max_epochs=None, max_steps=steps, log_every=1, check_every=0),
         run=RunSettings(run_dir=run_dir, loggers=[logger]),

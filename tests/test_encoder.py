@@ -44,7 +44,7 @@ def test_a_checkpoint_is_plain_and_loads_in_one_line(finished, content, encoder)
     assert encoder.source == str(finished.folder / "checkpoints" / "last.ckpt")
     card = encoder.card
     assert (card.method, card.data, card.seed, card.classes) == ("SimCLR", "digits", 0, tuple("0123456789"))
-    assert (card.image_size, card.channels, card.store_size) == (SIZE, 1, SIZE)
+    assert (card.image_size, card.channels, card.store_size, card.resize_size) == (SIZE, 1, None, SIZE)
     assert {"twoview", "python", "torch", "timm"} <= card.versions.keys()
     with pytest.raises(FrozenInstanceError):
         card.method = "another"
@@ -57,8 +57,9 @@ def test_a_folder_a_checkpoint_folder_and_a_file_are_the_same(finished, encoder)
 
 
 def old_layout(content):
-    """The same checkpoint as it was written before there were model cards: lists, and ``small_patches``."""
+    """The same checkpoint as it was written before there were model cards: lists, ``small_patches``, one size."""
     card = content["twoview"]
+    card["store_size"] = card.pop("resize_size")
     card["backbone"] = {**card["backbone"], "small_patches": True}
     for name in ("mean", "std", "classes"):
         card[name] = list(card[name])
@@ -91,6 +92,7 @@ def test_a_transformer_of_an_old_checkpoint_keeps_its_small_patches(tmp_path):
         "batches_without_step": 0,
         "skipped": 0,
     }
+    del card["resize_size"]
     assert card["backbone"]["options"] == {"patch_size": 2}
     card["backbone"] = {**card["backbone"], "small_patches": True}
     weights = {f"method.backbone.{name}": value for name, value in network.state_dict().items()}
@@ -121,6 +123,8 @@ WRONG = [
     ("channels", -1),
     ("channels", 3),
     ("store_size", "16"),
+    ("resize_size", "16"),
+    ("resize_size", SIZE - 1),
     ("mean", None),
     ("mean", 0.5),
     ("mean", ["dark"]),
@@ -294,7 +298,8 @@ def test_streaming_reads_one_batch_at_a_time():
 def test_lazy_images_have_the_features_of_decoded_ones():
     encoder = twoview.load("random:test_resnet", 16)
     lazy = LazyImages(photos(10), torch.arange(10) % 2, 16, 3)
-    decoded = TensorImages(lazy[range(10)].pixels, lazy.labels)
+    batch = lazy[range(10)]
+    decoded = TensorImages(batch.pixels, lazy.labels, sizes=batch.sizes)
     assert torch.equal(encoder.feature_matrix(lazy, 4), encoder.feature_matrix(decoded, 4))
 
 

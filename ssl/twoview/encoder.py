@@ -33,7 +33,9 @@ class ModelCard:
         backbone: arguments of :func:`twoview.backbones.create_backbone` that build the architecture.
         image_size: height and width of the network's input in pixels.
         channels: number of channels C of the network's input.
-        store_size: short side in pixels that an image is resized to; then the center square of ``image_size`` pixels is
+        store_size: largest height and width of an image in pixels before its center square is cropped; None to reduce
+            no image before.
+        resize_size: height and width that the center square is resized to; then the center of ``image_size`` is
             cropped. None for ``image_size``.
         mean: mean of each of the C channels on the scale [0, 1], for normalization; None if not known.
         std: standard deviation of each channel on the same scale; None if not known.
@@ -56,6 +58,7 @@ class ModelCard:
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     hidden_labels: Mapping[str, Any] | None = None
+    resize_size: int | None = None
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any], source: str) -> Self:
@@ -70,6 +73,8 @@ class ModelCard:
         """
         try:
             found = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+            if "resize_size" not in found:  # earlier versions resized the short side of the whole image to store_size
+                found["resize_size"] = found.pop("store_size", None)
             for name in ("mean", "std"):
                 found[name] = tuple(float(x) for x in found[name])
             if found["method"] == "SupCon":  # checkpoints of earlier versions do not tell which labels were hidden
@@ -78,8 +83,9 @@ class ModelCard:
             # Checkpoints of version 0.1.0 have small_patches, whose value follows from the stem.
             found["backbone"] = {str(k): v for k, v in found["backbone"].items() if k != "small_patches"}
             card = cls(**found)
-            sizes = (card.image_size, card.channels, card.store_size or 1)
+            sizes = (card.image_size, card.channels, card.store_size or 1, card.resize_size or card.image_size)
             fit = all(isinstance(n, int) and 0 < n <= MAX_SIZE for n in sizes) and isinstance(card.seed, int)
+            fit = fit and sizes[3] >= sizes[0]
             texts = (card.method, card.data, card.backbone["name"], card.versions.get("timm", ""))
             fit = fit and isinstance(card.hidden_labels, Mapping | None)
             if not fit or not all(isinstance(text, str) for text in texts):
@@ -115,7 +121,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.network, self.card, self.source = network, card, source
         mean, std = card.mean or (0.5,) * card.channels, card.std or (0.25,) * card.channels
-        self.preprocess = Preprocess(card.image_size, mean, std, card.store_size)
+        self.preprocess = Preprocess(card.image_size, mean, std, card.store_size, card.resize_size)
 
     @property
     def width(self) -> int:
@@ -159,7 +165,7 @@ class Encoder(nn.Module):
         """
         if isinstance(images, TensorImages | LazyImages):
             for batch in in_order(images, batch_size):
-                yield self(batch.pixels).cpu()
+                yield self.apply_network(self.preprocess(batch.pixels, batch.sizes)).cpu()
             return
         remaining = iter(images)
         while part := list(islice(remaining, batch_size)):
@@ -257,7 +263,7 @@ def load(
     card = ModelCard.from_plain(content["twoview"], content["path"])
     for knob, given in (("image_size", image_size), ("channels", channels), ("store_size", store_size)):
         made_for = getattr(card, knob)
-        message = f"the checkpoint was made for {made_for}; leave data.{knob} out"
+        message = f"the checkpoint was made for {made_for or 'squares'}; leave data.{knob} out"
         require(given in (None, made_for), f"data.{knob}={given}: {message}")
     return _from_checkpoint(content, card)
 

@@ -83,14 +83,15 @@ def _cell(value: Any) -> Any:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
-def remove_left_over(*folders: Path, seconds: float = 0) -> None:
+def remove_left_over(*folders: Path, seconds: float = 0, prefix: str = "") -> None:
     """Remove temporary files of :func:`write_atomically` that killed processes left.
 
     Args:
         folders: folders that are searched, but not the folders in them.
         seconds: younger files are kept, where other processes may write.
+        prefix: start of the names, without the special characters of a glob pattern; other files are kept.
     """
-    for file in (file for folder in folders for file in folder.glob("*.tmp")):
+    for file in (file for folder in folders for file in folder.glob(f"{prefix}*.tmp")):
         with contextlib.suppress(OSError):
             status = file.lstat()
             ours = re.fullmatch(r".+\.\d+\.tmp", file.name) and stat.S_ISREG(status.st_mode)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from twoview.augment import TwoViews
-from twoview.data import ImageData, fit_size
+from twoview.data import ImageData
 from twoview.devices import pick_device
 from twoview.encoder import Encoder, load
 from twoview.errors import require
@@ -297,7 +297,7 @@ def preview(
     loaded = data() if callable(data) else data
     views = augment(**loaded.view_limits())
     rows = torch.linspace(0, len(loaded.pretrain) - 1, min(images, len(loaded.pretrain))).long()
-    pixels = fit_size(loaded.pretrain[rows].pixels, loaded.image_size)
+    pixels = loaded.pretrain[rows].squares(loaded.image_size)
     path, grid = Path(run_dir) / "views.png", figures.views_grid(pixels, views, pairs, seed)
     write_atomically(path, lambda file: grid.save(file, "PNG"))
     log.info("originals on the left, then %d pairs of views: %s", pairs, path)
@@ -318,10 +318,10 @@ def _open(source: Source, data: Images, seed: int) -> tuple[Encoder, ImageData]:
         data = data(**sizes)
     found, needed = data.channels, card.channels
     require(found == needed, f"data: {data.name} has {found} channels, the checkpoint needs {needed}")
-    if card.store_size is None or card.mean is None:
-        mean, std = (card.mean, card.std) if card.mean else map(tuple, data.mean_std)
-        encoder = encoder.with_card(store_size=card.store_size or data.pretrain.size, mean=mean, std=std)
-    return encoder, data
+    # Cards of published and random weights lack sizes, and some of them mean and std.
+    given: dict[str, Any] = {} if card.resize_size else {"store_size": data.store_size, "resize_size": data.resize_size}
+    mean, std = (card.mean, card.std) if card.mean else map(tuple, data.mean_std)
+    return encoder.with_card(**given, mean=mean, std=std), data
 
 
 def _begin(task: str, encoder: Encoder, images: ImageData, seed: int, run_dir: Path) -> Report:

@@ -31,7 +31,7 @@ def make_folder(root, classes=("ant", "bee"), each=12):
 
 
 def load(root, **changes):
-    return folder(str(root), **({"image_size": 16, "batch_size": 4, "num_workers": 0} | changes))
+    return folder(str(root), **({"image_size": 16, "batch_size": 4, "num_workers": 0, "cache": False} | changes))
 
 
 def gradient(size=40):
@@ -70,7 +70,7 @@ def write_tar(file, samples, mode="w"):
 
 
 def options(**changes):
-    return {"image_size": 16, "batch_size": 4, "num_workers": 0} | changes
+    return {"image_size": 16, "batch_size": 4, "num_workers": 0, "cache": False} | changes
 
 
 def make_both(root, n=40):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 import twoview
 from twoview import runs
 from twoview.backbones import create_backbone
-from twoview.data import from_dataset, parquet, square
+from twoview.data import from_dataset, parquet
 from twoview.errors import UserError
 from twoview.evaluation import EvaluationSettings
 
@@ -28,14 +28,14 @@ def run(run_dir, data, channels=3, **measures):
 def test_a_folder_trains_and_is_evaluated(tmp_path, memory):
     make_folder(tmp_path / "images", each=40)
     (tmp_path / "images" / "ant" / "broken.png").write_text("no")
-    report = run(tmp_path / "run", lambda: load(tmp_path / "images", memory=memory, batch_size=16, max_broken=0.1))
+    data = load(tmp_path / "images", memory=memory, batch_size=16, max_broken=0.1)
+    report = run(tmp_path / "run", data)
     assert report["results"]["trained"]["linear"]["test_top1"] > 0.8
     assert "broken.png" in (tmp_path / "run" / "broken.txt").read_text()
     encoder = twoview.load(tmp_path / "run")
-    path = tmp_path / "images" / "bee" / "3.png"
-    with Image.open(path) as image:
-        features = encoder(image)
-    assert torch.allclose(features, encoder(square(path, 18, 3)), atol=1e-5)
+    assert (encoder.card.store_size, encoder.card.resize_size) == (32, 18)
+    with Image.open(data.test.name(0)) as image:
+        assert torch.equal(encoder(image), encoder.feature_matrix(data.test.subset(torch.tensor([0]))))
 
 
 @pytest.mark.parametrize("channels", [1, 4, 6])

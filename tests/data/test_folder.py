@@ -15,7 +15,8 @@ def test_class_folders_give_labels_and_a_fixed_test_split(tmp_path):
     data = load(make_folder(tmp_path))
     assert data.classes == ["ant", "bee"]
     assert (len(data.pretrain), len(data.train), len(data.test)) == (19, 19, 5)
-    assert data.pretrain.pixels.shape[1:] == (3, 18, 18)
+    assert data.pretrain.pixels.shape[1:] == (3, 28, 28)  # 20 by 28 pixels, below the limit of twice 16
+    assert data.pretrain.sizes.tolist() == [[20, 28]] * 19
     assert data.image_size == 16
     again = load(tmp_path)
     assert torch.equal(data.test.pixels, again.test.pixels)
@@ -128,7 +129,7 @@ def test_the_log_says_what_was_found_and_how_it_is_stored(tmp_path, caplog):
         load(tmp_path, max_broken=0.1)
     sizes = "10 to 20 pixels high and 28 to 50 wide, 1 or 3 channels"
     assert f"has 25 images (25 .png), {sizes}, 2 classes; 1 broken files" in caplog.text
-    assert "short sides are resized to 18 pixels, center squares cropped (3 channels, 0 MB), held in" in caplog.text
+    assert "long sides are reduced to 32 pixels, canvases have 32 pixels (0 MB), held in memory" in caplog.text
     assert "network input: 16 pixels" in caplog.text
 
 

@@ -12,6 +12,9 @@ from twoview.data import parquet
 REFUSED = {
     "data.memory=-1": "data.memory=-1: give a number of bytes",
     "data.memory=much": "data.memory=much",
+    "data.cache=true": "data.cache=True: give auto, false or a folder",
+    "data.cache=''": "data.cache=: give auto, false or a folder",
+    "data.cache=null": "data.cache=null",
     "data.num_workers=-1": "data.num_workers=-1: give a whole number, at least 0",
     "data.num_workers=1.5": "data.num_workers=1.5",
     "data.store_size=big": "data.store_size=big",

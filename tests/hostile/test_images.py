@@ -197,7 +197,7 @@ def test_strings_of_a_table_are_opened_only_if_asked(tmp_path):
 def test_files_that_vanish_are_replaced_counted_and_named_once(tmp_path, caplog):
     for i in range(40):
         (tmp_path / f"{i:02}.png").write_bytes(png())
-    data = folder(str(tmp_path), memory=0, max_broken=0.5, **FEW)
+    data = folder(str(tmp_path), memory=0, cache=False, max_broken=0.5, **FEW)
     for i in range(20):  # a row of files that is longer than any fixed number of attempts
         (tmp_path / f"{i:02}.png").unlink()
     for _ in range(2):
@@ -213,7 +213,7 @@ def test_a_replacement_has_its_own_position_and_the_label_of_the_lost_image(tmp_
         target = tmp_path / "ab"[i % 2] / f"{i:02}.png"
         target.parent.mkdir(exist_ok=True)
         picture(20 + i).save(target)
-    data = folder(str(tmp_path), memory=0, max_broken=0.5, **FEW).pretrain
+    data = folder(str(tmp_path), memory=0, cache=False, max_broken=0.5, **FEW).pretrain
     victim = int(data.positions[3])
     Path(data.source[victim]).unlink()
     found, whole = data[[3]], data[[4]]
@@ -231,6 +231,6 @@ def test_a_segment_that_inflates_to_more_than_an_image_is_refused():
 
 def test_out_of_memory_is_no_broken_file(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png())
-    monkeypatch.setattr("twoview.data.scan.square_and_shape", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr("twoview.data.scan.whole_and_shape", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(UserError, match=r"data.root: out of memory; the images need 0 MB; set data.memory=0"):
         folder(str(tmp_path), **FEW)

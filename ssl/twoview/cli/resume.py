@@ -22,7 +22,9 @@ _NOT_IDENTIFYING = ("task", "logger", "resume", "rerun", "hydra")
 
 # Groups whose knobs determine the weights, and those knobs that do not: images are compared by their fingerprint.
 _DETERMINING = ("method", "backbone", "head", "augment", "optimizer", "scheduler", "data")
-_LOADING = [f"data.{knob}" for knob in ("root", "eval_root", "download", "memory", "num_workers", "max_broken")]
+_LOADING = [
+    f"data.{knob}" for knob in ("root", "eval_root", "download", "memory", "cache", "num_workers", "max_broken")
+]
 
 
 def resolve_resume(overrides: list[str], sweep: bool) -> list[str]:

@@ -16,7 +16,7 @@ from twoview.errors import UserError, require
 OVERRIDES = ".hydra/overrides.yaml"  # in the run folder
 _MAX_BYTES = 100_000
 # Read but not used: what is asked for with each command, and where files outside of the run folder are written.
-_NOT_REPEATED = ("resume", "rerun", "logger", "eval.cache", "data.download")
+_NOT_REPEATED = ("resume", "rerun", "logger", "eval.cache", "data.cache", "data.download")
 
 
 def dump_overrides(overrides: list[str]) -> str:
@@ -35,8 +35,8 @@ def read_overrides(folder: Path) -> list[str]:
         folder: run folder.
 
     Returns:
-        Overrides for pretraining, without ``resume``, ``rerun``, ``logger`` and ``eval.cache``. Data sets are not
-        downloaded again.
+        Overrides for pretraining, without ``resume``, ``rerun``, ``logger``, ``eval.cache`` and ``data.cache``. Data
+        sets are not downloaded again.
 
     Raises:
         UserError: the folder is not that of a run, holds a link or a special file, or an override is not accepted.

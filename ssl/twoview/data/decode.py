@@ -1,10 +1,11 @@
-"""Decoding of one image in any supported form to a square uint8 tensor."""
+"""Decoding of one image in any supported form to a uint8 tensor: the whole image, or its center square."""
 
 import io
 import math
 import warnings
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,8 +43,11 @@ def luma(pixels: Tensor) -> Tensor:
     return (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
-def square(item: Any, size: int, channels: int) -> Tensor:
-    """Decode an image, resize its short side to ``size`` and crop the center square.
+def whole(item: Any, size: int, channels: int) -> Tensor:
+    """Decode an image and reduce it, with its aspect ratio, so that its long side has at most ``size`` pixels.
+
+    An image is never enlarged. JPEG files are decoded at a reduced size that is not below the result, which is then
+    reached by a resize with antialiasing.
 
     Args:
         item: an image in one of these forms:
@@ -52,40 +56,122 @@ def square(item: Any, size: int, channels: int) -> Tensor:
             * PIL image;
             * array or tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` of uint8, of uint16 (scaled by 1 / 257) or of
               floats in [0, 1].
-        size: height and width of the result in pixels.
+        size: largest height and width of the result in pixels.
         channels: number of channels of the result: 1 (luma), 3 (RGB; transparent images are blended with white), 4
             (RGBA or CMYK, unchanged), or the number of channels of an array.
 
     Returns:
-        uint8 ``[channels, size, size]``.
+        uint8 ``[channels, h, w]`` with h and w in 1 to ``size``.
 
     Raises:
         OSError, ValueError, SyntaxError, or any other error of Pillow: if the image cannot be decoded, or its dtype,
             range or number of channels is not supported.
     """
-    return square_and_shape(item, size, channels)[0]
+    return whole_and_shape(item, size, channels)[0]
 
 
-def square_and_shape(item: Any, size: int, channels: int) -> tuple[Tensor, Shape]:
-    """Decode an image as :func:`square` does, and also return its original height, width and number of channels."""
+def square(item: Any, size: int, channels: int) -> Tensor:
+    """Decode an image, resize its short side to ``size`` and crop the center square.
+
+    Args:
+        item: an image in any form that :func:`whole` takes.
+        size: height and width of the result in pixels.
+        channels: number of channels of the result, as for :func:`whole`.
+
+    Returns:
+        uint8 ``[channels, size, size]``.
+
+    Raises:
+        OSError, ValueError, SyntaxError, or any other error of Pillow: as for :func:`whole`.
+    """
+    return _decode(item, _Square(size), channels)[0]
+
+
+def whole_and_shape(item: Any, size: int, channels: int) -> tuple[Tensor, Shape]:
+    """Decode an image as :func:`whole` does, and also return its original height, width and number of channels."""
+    return _decode(item, _Whole(size), channels)
+
+
+def whole_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of an image after :func:`whole`."""
+    scale = min(1.0, size / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The whole image, with a long side of at most ``size``."""
+
+    size: int
+    drafted: Sequence[str] = ("RGB", "L")  # modes of JPEG files that are decoded at a reduced size
+
+    def draft(self, height: int, width: int) -> tuple[int, int]:
+        """Smallest height and width at which an image may be decoded."""
+        return whole_size(height, width, self.size)
+
+    def of_image(self, plain: Image.Image, shape: tuple[int, int]) -> Image.Image:
+        """Resize a decoded image of 8 bits; ``shape`` is its height and width before it was decoded."""
+        height, width = whole_size(shape[0], shape[1], self.size)
+        return plain if plain.size == (width, height) else plain.resize((width, height), Image.Resampling.BILINEAR)
+
+    def of_values(self, values: Tensor) -> Tensor:
+        """Resize values fp32 ``[C, H, W]``."""
+        new = whole_size(values.shape[1], values.shape[2], self.size)
+        return values if new == tuple(values.shape[1:]) else _resized(values, new)
+
+
+@dataclass(frozen=True)
+class _Square:
+    """The center square, resized to ``size``; the methods are those of :class:`_Whole`."""
+
+    size: int
+    drafted: Sequence[str] = ("RGB",)
+
+    def draft(self, height: int, width: int) -> tuple[int, int]:
+        return self.size, self.size
+
+    def of_image(self, plain: Image.Image, shape: tuple[int, int]) -> Image.Image:
+        short, size, (width, height) = min(plain.size), self.size, plain.size
+        left, top = (width - short) // 2, (height - short) // 2
+        box = (left, top, left + short, top + short)
+        # Pillow's 8-bit resize equals the resize of values up to rounding and is several times faster.
+        return plain.crop(box) if short == size else plain.resize((size, size), Image.Resampling.BILINEAR, box)
+
+    def of_values(self, values: Tensor) -> Tensor:
+        size = self.size
+        scale = size / min(values.shape[1:])
+        if scale != 1:
+            values = _resized(values, tuple(max(size, round(side * scale)) for side in values.shape[1:]))
+        top, left = ((side - size) // 2 for side in values.shape[1:])
+        return values[:, top : top + size, left : left + size]
+
+
+_Fit = _Whole | _Square
+
+
+def _resized(values: Tensor, new: tuple[int, ...]) -> Tensor:
+    return F.interpolate(values[None], new, mode="bilinear", antialias=True)[0]
+
+
+def _decode(item: Any, fit: _Fit, channels: int) -> tuple[Tensor, Shape]:
     if isinstance(item, str | Path):
         with open_regular(item) as handle:
-            return _square_of_file(handle, size, channels)
+            return _of_file(handle, fit, channels)
     if isinstance(item, bytes):
-        return _square_of_file(io.BytesIO(item), size, channels)
+        return _of_file(io.BytesIO(item), fit, channels)
     if isinstance(item, Image.Image):
-        return _square_of_image(item, size, channels)
+        return _of_image(item, fit, channels)
     # Tensors are [C, H, W] by convention, even if W < C.
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.ndim == 3 else np.asarray(item)
-    return _square_of_array(array, size, channels, last=isinstance(item, Tensor))
+    return _of_array(array, fit, channels, last=isinstance(item, Tensor))
 
 
-def _square_of_file(handle: BinaryIO, size: int, channels: int) -> tuple[Tensor, Shape]:
+def _of_file(handle: BinaryIO, fit: _Fit, channels: int) -> tuple[Tensor, Shape]:
     begins = handle.read(6)
     handle.seek(0)
     if begins == b"\x93NUMPY":
         _check_npy(handle)
-        return _square_of_array(np.load(handle, allow_pickle=False), size, channels)
+        return _of_array(np.load(handle, allow_pickle=False), fit, channels)
     tiff = begins[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # reject files above Pillow's size limit
@@ -94,51 +180,57 @@ def _square_of_file(handle: BinaryIO, size: int, channels: int) -> tuple[Tensor,
             with Image.open(handle, formats=_FORMATS.get(begins[:2], FORMATS)) as image:
                 if tiff and channels not in (1, 3) and image.mode not in ("RGBA", "CMYK"):
                     raise ValueError(f"mode {image.mode} does not have {channels} channels")  # caught below
-                return _square_of_image(image, size, channels)
+                return _of_image(image, fit, channels)
         except (OSError, ValueError):
             if not tiff:
                 raise
             handle.seek(0)
-            return _square_of_array(_read_tiff(handle), size, channels)
+            return _of_array(_read_tiff(handle), fit, channels)
 
 
-def _square_of_image(image: Image.Image, size: int, channels: int) -> tuple[Tensor, Shape]:
+def _of_image(image: Image.Image, fit: _Fit, channels: int) -> tuple[Tensor, Shape]:
     shape = (image.height, image.width, len(image.getbands()))
-    if image.format == "JPEG" and image.mode == "RGB":
-        image.draft("RGB", (size, size))  # libjpeg decodes at a reduced size
-    turned = _turn_upright(image)
+    if image.format == "JPEG" and image.mode in fit.drafted:
+        height, width = fit.draft(*shape[:2])
+        image.draft(image.mode, (width, height))  # libjpeg decodes at a reduced size that is not below this one
+    orientation = _orientation(image)
+    turned = image if orientation == 1 else image.transpose(Image.Transpose[_TURNS[orientation - 2]])
     if turned.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip such values to white
-        values = np.asarray(turned)
-        if turned.mode.startswith("I") and not 0 <= values.min() <= values.max() < 2**16:
-            raise ValueError(f"integers from {values.min()} to {values.max()}: give uint16, or floats in [0, 1]")
-        return _fit(_array(values if turned.mode == "F" else values.astype(np.uint16), channels), size), shape
+        array = np.asarray(turned)
+        if turned.mode.startswith("I") and not 0 <= array.min() <= array.max() < 2**16:
+            raise ValueError(f"integers from {array.min()} to {array.max()}: give uint16, or floats in [0, 1]")
+        array = array if turned.mode == "F" else array.astype(np.uint16)
+        return _bytes(fit.of_values(_array(array, channels))), shape
     if turned.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in turned.info:
         turned = turned.convert("RGBA")
     if turned.mode == "RGBA" and channels != 4:
         turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
     if channels not in (1, 3):
         turned = turned if turned.mode in ("RGBA", "CMYK") else turned.convert("RGBA")
-        return _fit(_array(np.asarray(turned), channels), size), shape
-    plain = turned.convert("L" if channels == 1 else "RGB")
-    short, (width, height) = min(turned.size), turned.size
-    left, top = (width - short) // 2, (height - short) // 2
-    box = (left, top, left + short, top + short)
-    # Pillow's 8-bit resize equals the resize in _fit up to rounding and is several times faster.
-    pixels = np.array(plain.crop(box) if short == size else plain.resize((size, size), Image.Resampling.BILINEAR, box))
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous(), shape
+        return _bytes(fit.of_values(_array(np.asarray(turned), channels))), shape
+    upright = shape[:2] if orientation < 5 else (shape[1], shape[0])
+    fitted = fit.of_image(turned.convert("L" if channels == 1 else "RGB"), upright)
+    pixels = np.array(fitted).reshape(fitted.height, fitted.width, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), shape
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 5 to 8 exchange height and width."""
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # an image with damaged metadata is still readable
-        orientation = 1
-    return image.transpose(Image.Transpose[_TURNS[orientation - 2]]) if 2 <= orientation <= 8 else image
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
-def _square_of_array(array: np.ndarray, size: int, channels: int, last: bool = False) -> tuple[Tensor, Shape]:
-    values = _array(array, channels, last)
-    return _fit(values, size), (values.shape[1], values.shape[2], array.size // (values.shape[1] * values.shape[2]))
+def _of_array(array: np.ndarray, fit: _Fit, channels: int, last: bool = False) -> tuple[Tensor, Shape]:
+    first = _channels_first(array, last)
+    shape = (first.shape[1], first.shape[2], len(first))
+    plain = first.dtype == np.uint8 and len(first) in (1, 3) and channels in (1, 3)
+    if plain and isinstance(fit, _Whole):  # as for a PIL image of the same pixels
+        image = Image.fromarray(first[0] if len(first) == 1 else np.ascontiguousarray(first.transpose(1, 2, 0)))
+        return _of_image(image, fit, channels)[0], shape
+    return _bytes(fit.of_values(_scaled(first, channels))), shape
 
 
 def _check_size(shape: Sequence[int], dtype: np.dtype) -> None:
@@ -192,14 +284,22 @@ def _read_tiff(handle: BinaryIO) -> np.ndarray:
         raise ValueError(f"damaged TIFF ({error})") from error
 
 
-def _array(pixels: np.ndarray, channels: int, last: bool = False) -> Tensor:
-    """Convert an array of any layout and depth to float ``[C, H, W]`` in [0, 255]; ``last`` means channels last."""
+def _array(pixels: np.ndarray, channels: int) -> Tensor:
+    """Convert an array of any layout and depth to fp32 ``[channels, H, W]`` in [0, 255]."""
+    return _scaled(_channels_first(pixels), channels)
+
+
+def _channels_first(pixels: np.ndarray, last: bool = False) -> np.ndarray:
+    """Return an array of any layout as ``[C, H, W]``; ``last`` means that the channels are last."""
     if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.ndim != 3:
+        return pixels[None]
+    if pixels.ndim != 3:
         raise ValueError(f"an array of shape {list(pixels.shape)} is not an image")
-    elif last or pixels.shape[2] < min(pixels.shape[:2]):
-        pixels = pixels.transpose(2, 0, 1)
+    return pixels.transpose(2, 0, 1) if last or pixels.shape[2] < min(pixels.shape[:2]) else pixels
+
+
+def _scaled(pixels: np.ndarray, channels: int) -> Tensor:
+    """Convert ``[C, H, W]`` of any depth to fp32 ``[channels, H, W]`` in [0, 255]."""
     values: np.ndarray
     if pixels.dtype.newbyteorder("=") == np.uint16:
         values = pixels.astype(np.float32) / 257
@@ -219,10 +319,5 @@ def _array(pixels: np.ndarray, channels: int, last: bool = False) -> Tensor:
     return tensor
 
 
-def _fit(values: Tensor, size: int) -> Tensor:
-    scale = size / min(values.shape[1:])
-    if scale != 1:
-        new = [max(size, round(side * scale)) for side in values.shape[1:]]
-        values = F.interpolate(values[None], new, mode="bilinear", antialias=True)[0]
-    top, left = ((side - size) // 2 for side in values.shape[1:])
-    return values[:, top : top + size, left : left + size].round().clamp(0, 255).to(torch.uint8)
+def _bytes(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8)

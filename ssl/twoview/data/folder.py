@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from twoview.data.decode import SUFFIXES
+from twoview.data.disk_cache import files_fingerprint
 from twoview.data.image_data import ImageData
 from twoview.data.splits import LoadSettings, Places, Split, load_splits
 from twoview.errors import UserError, require
@@ -38,6 +39,10 @@ class Paths(Sequence[str]):
     def name(self, position: int) -> str:
         """Return the path at a position, for messages."""
         return str(self[position])
+
+    def fingerprint(self) -> str:
+        """Hash of the paths, sizes and times of modification of all files."""
+        return files_fingerprint(self)
 
 
 def folder(root: Places, eval_root: Places | None = None, **options: Any) -> ImageData:

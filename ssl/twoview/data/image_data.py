@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twoview.data.decode import square
-from twoview.data.images import Images, LazyImages
-from twoview.data.preprocess import stored_size
+from twoview.data.decode import whole
+from twoview.data.images import Images, LazyImages, TensorImages
+from twoview.data.preprocess import resized_size, stored_size
 from twoview.errors import UserError, require
 
 
@@ -29,9 +29,12 @@ class ImageData:
         allow_flip: whether horizontal flips preserve the meaning of the images.
         min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
         image_size: height and width of the network's input in pixels; None for the size of the stored images.
+        store_size: largest height and width that whole images were reduced to, in pixels; None for squares, or for the
+            size of the canvases if there are images that do not fill them.
 
     Attributes:
         channels: number of channels C.
+        store_size: as the argument; None if the images are squares that were not cut from larger images here.
         broken: name of each file that could not be read, and the reason.
 
     Raises:
@@ -49,6 +52,7 @@ class ImageData:
         allow_flip: bool = True,
         min_crop_area: float = 0.0,
         image_size: int | None = None,
+        store_size: int | None = None,
     ) -> None:
         for split, images in (("training", train), ("test", test)):
             known = images is None or 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(classes)
@@ -57,6 +61,8 @@ class ImageData:
         self.classes, self.batch_size, self.name = list(classes), batch_size, name
         self.allow_flip, self.min_crop_area = allow_flip, min_crop_area
         self.image_size, self.channels = image_size or pretrain.size, pretrain.channels
+        squares = isinstance(pretrain, TensorImages) and pretrain.sizes is None
+        self.store_size = store_size or (None if squares else pretrain.size)
         self.broken: list[tuple[str, str]] = []
 
     @property
@@ -69,6 +75,13 @@ class ImageData:
         if self.train is None or self.test is None:
             raise UserError(f"data: {self.name} has no labels to fit and test a probe with; give labelled images")
         return self.train, self.test
+
+    @property
+    def resize_size(self) -> int:
+        """Height and width that the center square of an image is resized to, see :class:`twoview.data.Preprocess`."""
+        if self.store_size is None:
+            return max(self.pretrain.size, self.image_size)
+        return max(resized_size(self.image_size, self.store_size), self.image_size)
 
     @cached_property
     def mean_std(self) -> tuple[list[float], list[float]]:
@@ -145,17 +158,18 @@ def from_dataset(
 ) -> ImageData:
     """Read the images of a torch Dataset whose items are images or tuples ``(image, label)``.
 
-    The evaluation needs labels in both ``dataset`` and ``test``.
+    The evaluation needs labels in both ``dataset`` and ``test``. Images are stored nowhere: they are asked for in every
+    epoch, since the items may be random.
 
     Args:
-        dataset: Dataset with ``len()``. An image has any form that :func:`twoview.data.square` takes; a label is an
+        dataset: Dataset with ``len()``. An image has any form that :func:`twoview.data.whole` takes; a label is an
             integer.
         image_size: height and width of the network's input in pixels.
         channels: number of channels C.
         batch_size: global batch size of pretraining.
         test: labeled Dataset of test images, in the same form; None for no evaluation.
-        store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
-            times ``image_size``.
+        store_size: largest height and width of the images in pixels; larger images are reduced, with their aspect
+            ratio. None for twice ``image_size``.
         num_workers: number of loader processes.
 
     Raises:
@@ -167,7 +181,7 @@ def from_dataset(
         first = given[0]
         labelled = isinstance(first, tuple | list) and len(first) > 1
         try:
-            square(Items(given)[0], size, channels)
+            whole(Items(given)[0], size, channels)
             int(first[1] if labelled else 0)
         except Exception as error:
             message = f"the first item of {type(given).__name__} is not an image, or tuple of image and class ({error})"
@@ -179,4 +193,5 @@ def from_dataset(
     tested = images(test) if test is not None and int(pretrain.labels.min()) >= 0 else None
     train = pretrain if tested is not None else None
     classes = [str(i) for i in range(1 + max(int(split.labels.max()) for split in (pretrain, tested or pretrain)))]
-    return ImageData(pretrain, train, tested, classes, batch_size, type(dataset).__name__, image_size=image_size)
+    name = type(dataset).__name__
+    return ImageData(pretrain, train, tested, classes, batch_size, name, image_size=image_size, store_size=size)

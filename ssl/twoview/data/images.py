@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from twoview.data.decode import square
+from twoview.data.canvases import image_statistics, on_canvases
+from twoview.data.decode import whole
+from twoview.data.preprocess import center_squares
 from twoview.errors import UserError, require
 
 log = logging.getLogger(__name__)
@@ -20,17 +22,24 @@ WINDOW = 32  # number of blocks whose images are shuffled together
 
 
 class Batch(NamedTuple):
-    """A batch of images.
+    """A batch of images, each in the top left corner of a square canvas whose rest is zero.
 
     Attributes:
-        pixels: uint8 ``[N, C, H, W]``.
+        pixels: uint8 ``[N, C, S, S]``.
         ids: int64 ``[N]``, positions of the images in their split.
         labels: int64 ``[N]``, -1 where unknown.
+        sizes: int64 ``[N, 2]``, height and width of each image, in 1 to S; None if every image of the split fills its
+            canvas.
     """
 
     pixels: Tensor
     ids: Tensor
     labels: Tensor
+    sizes: Tensor | None = None
+
+    def squares(self, size: int) -> Tensor:
+        """Return the center squares resized to ``size``, see :func:`twoview.data.center_squares`."""
+        return center_squares(self.pixels, self.sizes, size)
 
 
 @dataclass
@@ -38,20 +47,25 @@ class TensorImages(Dataset[Batch]):
     """Images of one split in one tensor; indexing by a sequence of positions returns a :class:`Batch`.
 
     Args:
-        pixels: uint8 ``[N, C, S, S]``.
+        pixels: uint8 ``[N, C, S, S]``; or ``[M, C, S, S]`` with ``rows``.
         labels: int64 ``[N]``, -1 where unknown.
         blocks: int64 ``[N]``, index of the storage block that held each image, such as a Parquet row group; None if
             there are no blocks. Training shuffles by block, so that the order is the same for images in memory and for
             images decoded on access.
-        names: name of each image, such as the path of its file; None if the images have no names.
+        names: name of each canvas in ``pixels``, such as the path of its file; None if the images have no names.
         known_statistics: result of :meth:`statistics` if it is already known, else None.
+        sizes: int64 ``[N, 2]``, height and width of each image, which lies in the top left corner of its canvas; None
+            if every image fills its canvas.
+        rows: int64 ``[N]``, position of each image in ``pixels``; None if these are its images in their order. With
+            ``rows``, a subset has the same ``pixels``, so that images in a file are not read into memory.
+        loaders: number of loader processes, for images in a file.
 
     Attributes:
         channels: number of channels C.
-        size: height and width S of the images in pixels.
+        size: height and width S of the canvases in pixels.
 
     Raises:
-        UserError: if ``pixels`` has another dtype or shape, or the number of labels is not N.
+        UserError: if ``pixels`` or ``sizes`` has another dtype or shape, or the number of labels is not N.
     """
 
     pixels: Tensor
@@ -59,32 +73,48 @@ class TensorImages(Dataset[Batch]):
     blocks: Tensor | None = None
     names: Sequence[str] | None = None
     known_statistics: Tensor | None = None
+    sizes: Tensor | None = None
+    rows: Tensor | None = None
+    loaders: int = 0
 
     def __post_init__(self) -> None:
         dtype, shape, labels = self.pixels.dtype, list(self.pixels.shape), len(self.labels)
+        images = shape[:1] if self.rows is None else [len(self.rows)]
         fits = dtype == torch.uint8 and len(shape) == 4 and shape[2] == shape[3]
         require(fits, f"images must be uint8 [N, C, S, S], not {dtype} {shape}")
-        require(labels == shape[0], f"{shape[0]} images with {labels} labels: give one label per image")
+        require([labels] == images, f"{images[0]} images with {labels} labels: give one label per image")
         self.channels, self.size = self.pixels.shape[1:3]
+        known = self.sizes is None or (self.sizes.dtype == torch.int64 and list(self.sizes.shape) == [*images, 2])
+        require(known, f"sizes must be int64 [{images[0]}, 2]: height and width of each image")
+        inside = self.sizes is None or not labels or 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= self.size
+        require(inside, f"sizes must lie in 1 to {self.size}, the size of the canvases")
 
-    num_workers = 0  # indexing a tensor needs no loader process
+    @property
+    def num_workers(self) -> int:
+        """Number of loader processes; 0 for images on a GPU, which other processes cannot read."""
+        return 0 if self.pixels.is_cuda else self.loaders
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.labels)
 
     def __getitem__(self, positions: Sequence[int] | Tensor) -> Batch:
         ids = torch.as_tensor(positions, dtype=torch.int64)
-        return Batch(self.pixels[ids.to(self.pixels.device)], ids, self.labels[ids])
+        where = (ids if self.rows is None else self.rows[ids]).to(self.pixels.device)
+        return Batch(self.pixels[where], ids, self.labels[ids], None if self.sizes is None else self.sizes[ids])
 
     def subset(self, positions: Tensor) -> "TensorImages":
         """Return the images at the given positions, int64 ``[M]``."""
-        blocks = None if self.blocks is None else self.blocks[positions]
-        names = None if self.names is None else [self.names[i] for i in positions.tolist()]
-        return TensorImages(self.pixels[positions], self.labels[positions], blocks, names)
+        own = {name: getattr(self, name) for name in ("blocks", "known_statistics", "sizes", "rows")}
+        kept: Any = {name: value if value is None else value[positions] for name, value in own.items()}
+        if self.rows is None:
+            kept["pixels"] = self.pixels[positions]
+            kept["names"] = None if self.names is None else [self.names[i] for i in positions.tolist()]
+        return replace(self, labels=self.labels[positions], **kept)
 
     def name(self, position: int) -> str:
         """Return the name of the image at a position, or "image POSITION" if the images have no names."""
-        return f"image {position}" if self.names is None else self.names[position]
+        where = position if self.rows is None else int(self.rows[position])
+        return f"image {where}" if self.names is None else self.names[where]
 
     def with_labels(self, labels: Tensor) -> "TensorImages":
         """Return the same images with other labels, int64 ``[N]``."""
@@ -93,7 +123,9 @@ class TensorImages(Dataset[Batch]):
     def statistics(self) -> Tensor:
         """Statistics of each image, float64 ``[N, 3, C]``; see :func:`image_statistics`."""
         if self.known_statistics is None:
-            self.known_statistics = image_statistics(self.pixels)
+            known = self.rows is None
+            parts = [(self.pixels, self.sizes)] if known else ((b.pixels, b.sizes) for b in in_order(self))
+            self.known_statistics = torch.cat([image_statistics(*part) for part in parts])
         return self.known_statistics
 
 
@@ -101,11 +133,12 @@ class LazyImages(Dataset[Batch]):
     """Images of one split that are decoded on access, with the interface of :class:`TensorImages`.
 
     Args:
-        source: sequence of images in any form that :func:`twoview.data.square` takes. It may have an attribute
+        source: sequence of images in any form that :func:`twoview.data.whole` takes. It may have an attribute
             ``starts``, the position of the first image of each storage block, and a method ``name(position)``, which
             returns the name of an image for messages.
         labels: int64 ``[N]``, -1 where unknown.
-        size: height and width of the decoded images in pixels.
+        size: largest height and width of the decoded images in pixels, and the size S of their canvases; larger images
+            are reduced.
         channels: number of channels C.
         num_workers: number of loader processes.
         max_broken: largest share of the images that may be or become unreadable, in [0, 1].
@@ -125,14 +158,16 @@ class LazyImages(Dataset[Batch]):
         # bool [N], positions in the source that cannot be read; shared with loader processes.
         self.lost = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self.num_workers, self.positions = num_workers, torch.arange(len(source))  # int64 [N], in source
+        self.full = False  # whether every image is known to fill its canvas
         self.known_statistics: Tensor | None = None  # float64 [N, 3, C], once all images have been read
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, positions: Any) -> Batch:
-        pixels, ids = zip(*(self._decode(i) for i in torch.as_tensor(positions).tolist()), strict=True)
-        return Batch(torch.stack(pixels), torch.tensor(ids), self.labels[list(ids)])
+        images, ids = zip(*(self._decode(i) for i in torch.as_tensor(positions).tolist()), strict=True)
+        pixels, sizes = on_canvases(images, self.channels, self.size)
+        return Batch(pixels, torch.tensor(ids), self.labels[list(ids)], None if self.full else sizes)
 
     @property
     def blocks(self) -> Tensor | None:
@@ -161,7 +196,8 @@ class LazyImages(Dataset[Batch]):
     def statistics(self) -> Tensor:
         """Statistics of each image, float64 ``[N, 3, C]``; see :func:`image_statistics`."""
         if self.known_statistics is None:
-            self.known_statistics = torch.cat([image_statistics(batch.pixels) for batch in in_order(self)])
+            parts = [image_statistics(batch.pixels, batch.sizes) for batch in in_order(self)]
+            self.known_statistics = torch.cat(parts)
         return self.known_statistics
 
     def _decode(self, position: int) -> tuple[Tensor, int]:
@@ -171,7 +207,10 @@ class LazyImages(Dataset[Batch]):
             if self.lost[where]:
                 continue
             try:
-                return square(self.source[where], self.size, self.channels), candidate
+                image = whole(self.source[where], self.size, self.channels)
+                if self.full and image.shape[1:] != (self.size, self.size):
+                    raise ValueError("its size has changed")
+                return image, candidate
             except MemoryError:
                 raise
             except Exception as error:
@@ -196,25 +235,6 @@ class LazyImages(Dataset[Batch]):
 
 # Images of one split, in memory or decoded on access.
 Images = TensorImages | LazyImages
-
-
-def image_statistics(pixels: Tensor) -> Tensor:
-    """Compute per-channel statistics of each image on the scale [0, 1].
-
-    Args:
-        pixels: uint8 ``[N, C, H, W]``.
-
-    Returns:
-        float64 ``[N, 3, C]``: the mean, the mean square, and the mean after multiplication of each pixel by a fixed
-        random weight. This last mean differs between an image and its flipped or rotated copy.
-    """
-    weights = torch.rand(pixels.shape[2:].numel(), generator=torch.Generator().manual_seed(0))
-    known = []
-    for part in pixels.split(max(1, 2**22 // max(1, pixels[:1].numel()))):
-        values = part.cpu().flatten(2).float().div_(255)
-        measured = (values, values.square(), values * weights)
-        known.append(torch.stack([x.mean(2, dtype=torch.float64) for x in measured], 1))
-    return torch.cat(known)
 
 
 def split_labels(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from twoview.data.disk_cache import files_fingerprint
 from twoview.data.image_data import ImageData
 from twoview.data.images import WINDOW
 from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
@@ -79,6 +80,10 @@ class ParquetImages(Sequence[bytes]):
         group = bisect_right(self.starts, position) - 1
         file, number = self.groups[group]
         return f"{self.files[file]}, row {position - int(self.starts[group])} of row group {number}"
+
+    def fingerprint(self) -> str | None:
+        """Hash of the paths, sizes and times of modification of the files, and of the column; None with read_paths."""
+        return None if self.read_paths else files_fingerprint(self.files, self.column.encode())
 
     def _bytes(self) -> int:
         return sum(column.nbytes for column in self.cached.values())

@@ -1,34 +1,44 @@
-"""Read all images of a split once before training: find damaged files, and keep the pixels if they fit in memory."""
+"""Read all images of a split once before training: find damaged files, and keep the pixels in memory or in a file."""
 
+import contextlib
 import logging
+import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from twoview.data.decode import Shape, square_and_shape
-from twoview.data.images import Images, LazyImages, TensorImages, image_statistics
+from twoview.data.canvases import GrowingCanvases, Storage, image_statistics, on_canvases
+from twoview.data.decode import Shape, whole_and_shape
+from twoview.data.disk_cache import Contents, DiskCache
+from twoview.data.images import Images, LazyImages, TensorImages
 from twoview.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # largest number of images that a worker returns at a time
 CHUNK_BYTES = 2**23  # largest size in bytes of the pixels that a worker returns at a time
+ARRAYS = ("sizes", "statistics")
+Broken = list[tuple[str, str]]  # name of each image that cannot be read, and the reason
 
 
 class _Chunk(NamedTuple):
-    """Result of reading a chunk of images; ``values`` are the pixels or the statistics of the readable images.
+    """Result of reading a chunk of images; ``pixels`` are canvases of the readable images, or nothing.
 
-    The values are an array, because each tensor would keep a shared memory file open.
+    The values are arrays, because each tensor would keep a shared memory file open.
     """
 
-    values: np.ndarray
+    pixels: np.ndarray | None
+    sizes: np.ndarray
+    statistics: np.ndarray
     readable: list[int]
     unreadable: list[int]
-    broken: list[tuple[str, str]]
+    reasons: list[str]
     kinds: Counter[str]
     shapes: set[Shape]
 
@@ -42,35 +52,106 @@ class _Scan(Dataset[_Chunk]):
         self.images, self.keep = images, keep
 
     def __getitem__(self, positions: Any) -> _Chunk:
-        images, pixels = self.images, []
-        chunk = _Chunk(np.zeros(0), [], [], [], Counter(), set())
+        images, decoded = self.images, list[Tensor]()
+        readable, unreadable, reasons = list[int](), list[int](), list[str]()
+        kinds, shapes = Counter[str](), set[Shape]()
         for position in torch.as_tensor(positions).tolist():
             try:
                 item = images.source[position]
-                one, shape = square_and_shape(item, images.size, images.channels)
+                one, shape = whole_and_shape(item, images.size, images.channels)
             except MemoryError:
                 raise
             except Exception as error:
-                chunk.unreadable.append(position)
-                chunk.broken.append((images.name(position), f"{type(error).__name__}: {error}"))
+                unreadable.append(position)
+                reasons.append(f"{type(error).__name__}: {error}")
             else:
-                pixels.append(one)
-                chunk.readable.append(position)
-                chunk.shapes.add(shape)
-                chunk.kinds["packed" if isinstance(item, bytes) else Path(item).suffix.lower()] += 1
-        none = torch.zeros(0, images.channels, images.size, images.size, dtype=torch.uint8)
-        stacked = torch.stack(pixels) if pixels else none
-        return chunk._replace(values=(stacked if self.keep else image_statistics(stacked)).numpy())
+                decoded.append(one)
+                readable.append(position)
+                shapes.add(shape)
+                kinds["packed" if isinstance(item, bytes) else Path(item).suffix.lower()] += 1
+        side = max((max(image.shape[1:]) for image in decoded), default=1)
+        pixels, sizes = on_canvases(decoded, images.channels, side)
+        statistics = image_statistics(pixels, sizes).numpy()
+        kept = pixels.numpy() if self.keep else None
+        return _Chunk(kept, sizes.numpy(), statistics, readable, unreadable, reasons, kinds, shapes)
 
 
-def read_all(images: LazyImages, max_broken: float, knob: str, keep: bool) -> tuple[Images, list[tuple[str, str]]]:
-    """Decode every image once.
+class _Found:
+    """What all chunks have in common, without their pixels."""
+
+    def __init__(self, images: LazyImages) -> None:
+        self.images, self.chunks = images, list[_Chunk]()
+
+    def add(self, chunk: _Chunk) -> None:
+        self.chunks.append(chunk._replace(pixels=None))
+
+    def fill(self, chunks: Iterable[_Chunk], canvases: GrowingCanvases) -> None:
+        """Take chunks, and write their pixels."""
+        for chunk in chunks:
+            self.add(chunk)
+            if chunk.readable:
+                assert chunk.pixels is not None
+                canvases.add(torch.from_numpy(chunk.pixels))
+
+    def check(self, max_broken: float, knob: str) -> None:
+        """Check that all images have been read, and raise :class:`UserError` if too many cannot be."""
+        read = sum(len(chunk.readable) + len(chunk.unreadable) for chunk in self.chunks)
+        if read != len(self.images):
+            raise RuntimeError(f"{knob}: {len(self.images) - read} images were lost by a loader process")
+        _check_broken(self.images, *self.unreadable(), max_broken, knob)
+
+    def unreadable(self) -> tuple[list[int], list[str]]:
+        """Positions of the images that cannot be read, and the reasons."""
+        positions = [position for chunk in self.chunks for position in chunk.unreadable]
+        return positions, [reason for chunk in self.chunks for reason in chunk.reasons]
+
+    def contents(self) -> Contents:
+        """Description of all images, at least one of which is readable."""
+        joined = {name: np.concatenate([getattr(chunk, name) for chunk in self.chunks]) for name in ARRAYS}
+        sizes, statistics = torch.from_numpy(joined["sizes"]), torch.from_numpy(joined["statistics"])
+        positions, reasons = self.unreadable()
+        side, full = int(sizes.max()), int(sizes.min()) == int(sizes.max())
+        return Contents(side, None if full else sizes, statistics, torch.tensor(positions, dtype=torch.int64), reasons)
+
+    def log(self, knob: str) -> None:
+        """Describe the images."""
+        kinds = sum((chunk.kinds for chunk in self.chunks), Counter[str]())
+        shapes = set[Shape]().union(*(chunk.shapes for chunk in self.chunks))
+        heights, widths, channels = (sorted(set(values)) for values in zip(*shapes, strict=True))
+        high, wide = (str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in (heights, widths))
+        sizes = f"{high} pixels high and {wide} wide, {' or '.join(map(str, channels))} channels"
+        broken = sum(len(chunk.unreadable) for chunk in self.chunks)
+        found = f"{kinds.total():,} images ({', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())})"
+        labels = self.images.labels
+        known = len(labels[labels >= 0].unique())
+        classes = f"{known} classes" if known else "no labels"
+        log.info("data: %s has %s, %s, %s; %d broken files", knob, found, sizes, classes, broken)
+
+
+class _Names(Sequence[str]):
+    """Names of images, without a copy of all of them."""
+
+    def __init__(self, images: LazyImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.images.name(position)
+
+
+def read_all(
+    images: LazyImages, max_broken: float, knob: str, keep: bool, cache: DiskCache | None = None
+) -> tuple[Images, Broken]:
+    """Decode every image once, or take the images from a cache.
 
     Args:
         images: all images of a source, in the order of the source.
         max_broken: largest share of the images that may be unreadable, in [0, 1].
         knob: name of the knob that sets the source, for messages.
-        keep: whether to keep the pixels in memory; otherwise only the statistics are kept.
+        keep: whether to keep the pixels in memory.
+        cache: where the pixels are kept if they are not kept in memory; None to keep only the statistics.
 
     Returns:
         The readable images; and for each unreadable image, its name and the reason.
@@ -78,36 +159,101 @@ def read_all(images: LazyImages, max_broken: float, knob: str, keep: bool) -> tu
     Raises:
         UserError: if too many images are unreadable.
     """
-    n = len(images)
-    positions = torch.arange(n).split(max(1, min(CHUNK, CHUNK_BYTES // (images.channels * images.size**2))))
+    with contextlib.ExitStack() as lock:
+        loaded, cache = (None, None) if cache is None else _open(cache, images, knob, lock)
+        contents, pixels = loaded or _scan(images, max_broken, knob, keep, cache)
+    broken = _check_broken(images, contents.unreadable.tolist(), contents.reasons, max_broken, knob)
+    images.lost[contents.unreadable] = True
+    readable = images.subset(torch.nonzero(~images.lost).flatten())
+    # All images that are smaller than the limit are decoded at their own size, so the largest one is a limit too.
+    readable.size, readable.full, readable.known_statistics = contents.side, contents.sizes is None, contents.statistics
+    if pixels is None:
+        return readable, broken
+    named = [readable.name(i) for i in range(len(readable))] if keep else _Names(readable)
+    held = TensorImages(pixels, readable.labels, readable.blocks, named, contents.statistics, contents.sizes)
+    if not keep:
+        # Processes that are started in another way than by a fork would get a copy of all pixels.
+        held.rows, held.loaders = torch.arange(len(held)), images.num_workers if sys.platform == "linux" else 0
+    return held, broken
+
+
+def _open(
+    cache: DiskCache, images: LazyImages, knob: str, lock: contextlib.ExitStack
+) -> tuple[tuple[Contents, Tensor] | None, DiskCache | None]:
+    """Return the content of a cache; else the cache, locked, if it can be written."""
+    failure = None
+    try:
+        lock.enter_context(cache.locked())
+    except OSError as error:
+        failure = error
+    loaded = cache.load()
+    if loaded is not None and not any(_is_readable(images, i) for i in loaded[0].unreadable.tolist()):
+        number = cache.count - len(loaded[0].reasons)
+        log.info("data: %s: %s decoded images are taken from %s", knob, f"{number:,}", cache.pixels_file)
+        lock.close()
+        return loaded, None
+    if failure is None and cache.has_room(knob):
+        return None, cache
+    if failure is not None:
+        log.warning("data.cache=%s: cannot be written (%s)", cache.folder, failure.strerror)
+    lock.close()
+    return None, None
+
+
+def _is_readable(images: LazyImages, position: int) -> bool:
+    try:
+        whole_and_shape(images.source[position], images.size, images.channels)
+    except Exception:
+        return False
+    return True
+
+
+def _scan(
+    images: LazyImages, max_broken: float, knob: str, keep: bool, cache: DiskCache | None
+) -> tuple[Contents, Tensor | None]:
+    n, channels, size = len(images), images.channels, images.size
+    positions = torch.arange(n).split(max(1, min(CHUNK, CHUNK_BYTES // (channels * size**2))))
     workers = images.num_workers if len(positions) > 4 else 0  # few images are read faster than processes start
-    scan: Any = _Scan(images, keep)
-    chunks = list(DataLoader(scan, None, sampler=list(positions), num_workers=workers, collate_fn=_identity))
-    broken = [entry for chunk in chunks for entry in chunk.broken]
+    scan: Any = _Scan(images, keep or cache is not None)
+    chunks = iter(DataLoader(scan, None, sampler=list(positions), num_workers=workers, collate_fn=_identity))
+    found = _Found(images)
+
+    def fill(canvases: GrowingCanvases) -> None:
+        found.fill(chunks, canvases)
+        found.check(max_broken, knob)
+
+    if keep:
+        flat = torch.empty(n * channels * size**2, dtype=torch.uint8)  # memory is taken as it is written to
+        canvases = GrowingCanvases(Storage.in_memory(flat), channels, size)
+        fill(canvases)
+        side = canvases.finish()
+        pixels = flat[: canvases.count * channels * side**2].view(-1, channels, side, side)
+        found.log(knob)
+        return found.contents(), pixels
+    if cache is not None:
+        try:
+            cache.write(fill)
+            cache.describe(found.contents())
+        except OSError as error:
+            message = "data.cache=%s: cannot be written (%s); images are decoded in every epoch"
+            log.warning(message, cache.folder, error.strerror)
+            cache = None
+    for chunk in chunks:  # all, or those after the cache could not be written
+        found.add(chunk)
+    found.check(max_broken, knob)
+    found.log(knob)
+    loaded = None if cache is None else cache.load()
+    return loaded or (found.contents(), None)
+
+
+def _check_broken(
+    images: LazyImages, unreadable: Sequence[int], reasons: Sequence[str], max_broken: float, knob: str
+) -> Broken:
+    n, broken = len(images), [(images.name(i), reason) for i, reason in zip(unreadable, reasons, strict=True)]
     if len(broken) > max_broken * n or len(broken) == n:
         for name, reason in broken:
             log.warning("broken: %s (%s)", name, reason)
         first = "; ".join(f"{name} ({reason})" for name, reason in broken[:3])
         message = f"{len(broken)} of {n} files cannot be read (first: {first})"
         raise UserError(f"{knob}: {message}; repair or remove them, or raise data.max_broken={max_broken:g}")
-    images.lost[[position for chunk in chunks for position in chunk.unreadable]] = True
-    _log_contents(chunks, images, len(broken), knob)
-    readable = images.subset(torch.tensor([position for chunk in chunks for position in chunk.readable]))
-    values = torch.from_numpy(np.concatenate([chunk.values for chunk in chunks]))
-    if keep:
-        names = [readable.name(i) for i in range(len(readable))]
-        return TensorImages(values, readable.labels, readable.blocks, names), broken
-    readable.known_statistics = values
-    return readable, broken
-
-
-def _log_contents(chunks: list[_Chunk], images: LazyImages, broken: int, knob: str) -> None:
-    kinds = sum((chunk.kinds for chunk in chunks), Counter[str]())
-    shapes = set[Shape]().union(*(chunk.shapes for chunk in chunks))
-    heights, widths, channels = (sorted(set(values)) for values in zip(*shapes, strict=True))
-    high, wide = (str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in (heights, widths))
-    sizes = f"{high} pixels high and {wide} wide, {' or '.join(map(str, channels))} channels"
-    found = f"{len(images) - broken:,} images ({', '.join(f'{c:,} {kind}' for kind, c in kinds.most_common())})"
-    classes = len(images.labels[images.labels >= 0].unique())
-    labels = f"{classes} classes" if classes else "no labels"
-    log.info("data: %s has %s, %s, %s; %d broken files", knob, found, sizes, labels, broken)
+    return broken

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twoview.data.disk_cache import DiskCache, default_folder
 from twoview.data.image_data import ImageData
-from twoview.data.images import Images, LazyImages, split_labels
+from twoview.data.images import Images, LazyImages, TensorImages, split_labels
 from twoview.data.preprocess import stored_size
 from twoview.data.scan import read_all
-from twoview.devices import available_memory
+from twoview.devices import available_memory, explained_memory
 from twoview.errors import UserError, require, require_at_least
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,18 @@ class LoadSettings:
 
     Args:
         image_size: height and width of the network's input in pixels.
-        store_size: size in pixels that the short side is resized to before the center square is cropped; None for 1.15
-            times ``image_size``.
+        store_size: largest height and width of the stored images in pixels; larger images are reduced, with their
+            aspect ratio. None for twice ``image_size``.
         channels: 1, 3, 4, or the number of channels of ``.npy`` and multi-channel TIFF files.
         batch_size: global batch size of pretraining; None for 256, or for the number of images if there are fewer.
         max_broken: largest share of the images that may be unreadable, in [0, 1]. Unreadable images are left out and
             listed. Images that become unreadable during training count too; each process of a run counts those that it
             meets, so that N processes may lose N times the share together.
         memory: largest size of decoded images to hold in memory, in bytes or as "500MB" or "2GB"; None for a quarter of
-            the free memory. Larger data sets are decoded by loader processes in every epoch.
+            the free memory.
+        cache: where larger data sets are decoded once into a file: "auto" for the folder ``twoview`` in
+            ``XDG_CACHE_HOME`` or ``~/.cache``, or a folder. The file is not written if less than a tenth of the disk
+            would stay free. False or "never" to decode images by loader processes in every epoch.
         num_workers: number of loader processes; None for one per core.
         allow_flip: whether horizontal flips preserve the meaning of the images.
         min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
@@ -67,6 +71,7 @@ class LoadSettings:
     batch_size: int | None = None
     max_broken: float = 0.01
     memory: float | str | None = None
+    cache: bool | str | Path = "auto"
     num_workers: int | None = None
     allow_flip: bool = True
     min_crop_area: float = 0.0
@@ -76,7 +81,16 @@ class LoadSettings:
         require_at_least("data", 1, channels=self.channels, batch_size=self.batch_size, store_size=self.store_size)
         require_at_least("data", 0, num_workers=self.num_workers)
         require(0 <= self.max_broken <= 1, f"data.max_broken={self.max_broken}: give a share between 0 and 1")
+        known = self.cache is False or (isinstance(self.cache, str | Path) and str(self.cache).strip())
+        require(known, f"data.cache={self.cache}: give auto, false or a folder")
         _ = self.memory_bytes
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Folder of caches; None to write none."""
+        if self.cache is False or self.cache == "never":
+            return None
+        return default_folder() if self.cache == "auto" else Path(str(self.cache)).expanduser()
 
     @property
     def memory_bytes(self) -> float | None:
@@ -160,25 +174,36 @@ def load_splits(
     keep = needed <= budget
     splits, broken = [], []
     for knob, (source, names) in found.items():
-        images = LazyImages(
-            source, torch.tensor([numbers[n] for n in names]), size, channels, workers, settings.max_broken
-        )
-        try:
-            readable, unreadable = read_all(images, settings.max_broken, knob, keep)
-        except MemoryError as error:
-            advice = "set data.memory=0 to decode them in every epoch, or a smaller data.store_size"
-            raise UserError(f"{knob}: out of memory; the images need {needed / 1e6:,.0f} MB; {advice}") from error
+        labels = torch.tensor([numbers[n] for n in names])
+        images = LazyImages(source, labels, size, channels, workers, settings.max_broken)
+        cache = None if keep else _cache(settings, images)
+        advice = "set data.memory=0 to hold none of them, or a smaller data.store_size"
+        with explained_memory(f"{knob}: out of memory; the images need {needed / 1e6:,.0f} MB; {advice}"):
+            readable, unreadable = read_all(images, settings.max_broken, knob, keep, cache)
+        _log_storage(readable, knob, settings.image_size, size)
         splits.append(readable)
         broken += unreadable
-    stored = f"{size} pixels, center squares cropped ({channels} channels, {needed / 1e6:,.0f} MB)"
-    where = "held in memory" if keep else "decoded in every epoch"
-    log.info("data: short sides are resized to %s, %s; network input: %d pixels", stored, where, settings.image_size)
-    limits = (settings.allow_flip, settings.min_crop_area, settings.image_size)
+    limits = (settings.allow_flip, settings.min_crop_area, settings.image_size, size)
     pretrain, train, test = _split(splits, settings.seed)
     batch_size = _batch_size(len(pretrain), settings.batch_size)
     data = ImageData(pretrain, train, test, classes, batch_size, name, *limits)
     data.broken = broken
     return data
+
+
+def _cache(settings: LoadSettings, images: LazyImages) -> DiskCache | None:
+    """Where the images are decoded to if they do not fit in memory; None to decode them in every epoch."""
+    folder, fingerprint = settings.cache_folder, getattr(images.source, "fingerprint", lambda: None)
+    key = None if folder is None else fingerprint()
+    return None if folder is None or key is None else DiskCache(folder, key, len(images), images.channels, images.size)
+
+
+def _log_storage(images: Images, knob: str, image_size: int, size: int) -> None:
+    where, megabytes = "decoded in every epoch", len(images) * images.channels * images.size**2 / 1e6
+    if isinstance(images, TensorImages):
+        where = "held in memory" if images.rows is None else "read from a file"
+    stored = f"long sides are reduced to {size} pixels, canvases have {images.size} pixels ({megabytes:,.0f} MB)"
+    log.info("data: %s: %s, %s; network input: %d pixels", knob, stored, where, image_size)
 
 
 def _real(places: Places) -> set[str]:

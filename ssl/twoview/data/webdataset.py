@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from twoview.data.decode import SUFFIXES
+from twoview.data.disk_cache import files_fingerprint
 from twoview.data.image_data import ImageData
 from twoview.data.splits import LoadSettings, Places, Split, find_shards, load_splits
 from twoview.errors import UserError, require
@@ -42,6 +43,10 @@ class TarImages(Sequence[bytes]):
     def name(self, position: int) -> str:
         """Return the shard and offset of the image at a position, for messages."""
         return f"{self.files[int(self.where[position][0])]}, byte {int(self.where[position][1])}"
+
+    def fingerprint(self) -> str:
+        """Hash of the paths, sizes and times of modification of the shards, and of the places of the images."""
+        return files_fingerprint(self.files, self.where.tobytes())
 
 
 def webdataset(root: Places, eval_root: Places | None = None, **options: Any) -> ImageData:

@@ -15,7 +15,7 @@ from twoview.devices import explained_memory
 from twoview.encoder import Encoder, ModelCard, hidden_labels
 from twoview.errors import require
 from twoview.evaluation.cache import cached, key
-from twoview.evaluation.integrity import Shared, thumbnails
+from twoview.evaluation.integrity import SIDE, Shared, thumbnails
 from twoview.evaluation.measure import Inputs, Labelled, Measure
 from twoview.evaluation.probe import Prediction, score
 from twoview.evaluation.settings import EvaluationSettings
@@ -72,7 +72,8 @@ def evaluate(
     train, test = images.labelled
     small = {}
     if settings.baselines or any(measure.uses_thumbnails for measure in settings.measures):
-        small = {"train": thumbnails(train), "test": thumbnails(test)}
+        side = min(SIDE, images.store_size or train.size)
+        small = {"train": thumbnails(train, side), "test": thumbnails(test, side)}
 
     def inputs(name: str, network: Encoder | None) -> Inputs:
         log.info("evaluation: %s", name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twoview.data import Images, fit_channels, fit_size, in_order
+from twoview.data import Images, fit_channels, in_order
 from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Thumbnails
 from twoview.evaluation.probe import Prediction
 from twoview.evaluation.tables import Table, percent
@@ -69,7 +69,7 @@ class Integrity(Measure):
         test = inputs.thumbnails["test"]
         shared = {"train": shared_images(inputs.thumbnails["train"], test, (inputs.train.features, inputs.test))}
         if inputs.pretrain_images is not None:
-            shared["pretrain"] = shared_images(thumbnails(inputs.pretrain_images), test)
+            shared["pretrain"] = shared_images(thumbnails(inputs.pretrain_images, test.pixels.shape[-1]), test)
         return SharedImages(shared, {name: p for name, p in earlier.items() if isinstance(p, Prediction)})
 
     def score(self, chosen: SharedImages, inputs: Inputs, labels: Tensor) -> Figures:
@@ -101,14 +101,26 @@ class Integrity(Measure):
         return Table("Integrity", ["", ""], rows, "Mirrored or cropped copies are not searched for.")
 
 
-def thumbnails(images: Images) -> Thumbnails:
-    """Return all images at 32 pixels per side or less, and the hashes of the original images."""
-    side, small, hashes = min(images.size, SIDE), [], list[bytes]()
+def thumbnails(images: Images, side: int | None = None) -> Thumbnails:
+    """Return the center squares of all images, and the hashes of the whole images.
+
+    Args:
+        images: images of one split.
+        side: height and width of the thumbnails in pixels; None for 32, or less if the images are smaller.
+    """
+    side, small, hashes = side or min(images.size, SIDE), [], list[bytes]()
     for batch in in_order(images):
-        pixels = batch.pixels.cpu()
-        small.append(fit_size(pixels, side))
-        hashes += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in pixels]
+        small.append(batch.squares(side).cpu())
+        sizes = [batch.pixels.shape[2:]] * len(batch.ids) if batch.sizes is None else batch.sizes.tolist()
+        hashes += [_hash(image[:, :h, :w]) for image, (h, w) in zip(batch.pixels.cpu(), sizes, strict=True)]
     return Thumbnails(torch.cat(small), hashes)
+
+
+def _hash(pixels: Tensor) -> bytes:
+    """Hash of an image uint8 ``[C, H, W]``; images of other shapes may consist of the same bytes."""
+    height, width = pixels.shape[1:]
+    shape = b"" if height == width else f"{height} {width}".encode()
+    return hashlib.blake2b(pixels.numpy().tobytes() + shape, digest_size=16).digest()
 
 
 def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, Tensor] | None = None) -> list[Shared]:

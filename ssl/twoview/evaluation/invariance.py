@@ -129,12 +129,11 @@ def augmented_features(inputs: Inputs, images: Images, views: TwoViews, count: i
     """
     assert inputs.encoder is not None
     views.to(inputs.device)
-    # Crop the central square of each stored image, as the preprocessing for the probes does.
-    parts, side = [], min(views.image_size, images.size)
-    top = (images.size - side) // 2
+    parts = []
     for index, batch in enumerate(in_order(images, inputs.batch_size)):
-        square = batch.pixels[..., top : top + side, top : top + side].to(inputs.device)
-        pair = views(square, key=(inputs.seed, index))[:count]
+        # The same pixels as for the probes.
+        crops = inputs.encoder.preprocess.crops(batch.pixels, batch.sizes).to(inputs.device)
+        pair = views(crops, key=(inputs.seed, index))[:count]
         parts.append([inputs.encoder.apply_network(view).cpu() for view in pair])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 

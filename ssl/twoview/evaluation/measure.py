@@ -28,7 +28,7 @@ class Labelled(NamedTuple):
 
 
 class Thumbnails(NamedTuple):
-    """Small copies of images, uint8 ``[N, C, s, s]`` with s <= 32, and a hash of each original image."""
+    """Small center squares of images, uint8 ``[N, C, s, s]`` with s <= 32, and a hash of each whole image."""
 
     pixels: Tensor
     hashes: list[bytes]

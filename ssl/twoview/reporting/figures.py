@@ -23,6 +23,8 @@ from twoview.files import read_csv
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "twoview", "font.family": "sans-serif", "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
 
+THUMBNAIL = 96  # largest height and width of a thumbnail in pixels
+
 
 def views_grid(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.Image:
     """Draw a grid with one row for each image: the image, then pairs of its two views.
@@ -54,7 +56,7 @@ def png(image: Image.Image) -> str:
 
 def thumbnail(pixels: Tensor) -> str:
     """Return pixels uint8 ``[C, S, S]`` as a PNG data URI with at most 96 pixels per side."""
-    return png(as_image(fit_size(pixels[None], min(pixels.shape[1], 96))[0]))
+    return png(as_image(fit_size(pixels[None], min(pixels.shape[1], THUMBNAIL))[0]))
 
 
 def _data_uri(kind: str, write: Callable[[BinaryIO], object]) -> str:

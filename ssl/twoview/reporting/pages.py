@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from twoview.augment import TwoViews
-from twoview.data import ImageData, Images, fit_size, fixed_sample
+from twoview.data import ImageData, Images, fixed_sample
 from twoview.evaluation.evaluate import Evidence
 from twoview.evaluation.probe import confusion
 from twoview.evaluation.tables import Table
@@ -150,7 +150,7 @@ def _figures(report: Report, evidence: Evidence, images: ImageData, views: TwoVi
         source = figures.feature_map(evidence.test[some], test.labels[some], classes, kind, seed)
         found.append(Figure("Map of the features", source, f"{len(some):,} test images."))
     size = report["backbone"]["image_size"]
-    grid = figures.views_grid(fit_size(test[some[:6].tolist()].pixels.cpu(), size), views.cpu(), 4, seed)
+    grid = figures.views_grid(test[some[:6].tolist()].squares(size).cpu(), views.cpu(), 4, seed)
     scale = max(1, 64 // size)
     grid = grid.resize((grid.width * scale, grid.height * scale), 0)
     note = "Test images on the left, then four pairs of the views whose alignment is measured."
@@ -167,7 +167,7 @@ def _gallery(evidence: Evidence, images: ImageData) -> list[tuple[Neighbor, list
 
     def shown(split: Images, position: int, label: int) -> Neighbor:
         own = int(split.labels[position])
-        source = figures.thumbnail(split[[position]].pixels[0].cpu())
+        source = figures.thumbnail(split[[position]].squares(min(split.size, figures.THUMBNAIL))[0].cpu())
         return Neighbor(source, images.classes[own], split.name(position), own == label)
 
     rows = []
