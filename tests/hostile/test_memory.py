@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from hostile_runs import SHORT, run
+from PIL import Image
 from torch import nn
 
 from twoview import devices, runs
-from twoview.data import digits, fake
+from twoview.data import digits, fake, folder
 from twoview.devices import explained_memory
 from twoview.errors import UserError
 from twoview.training import TrainerSettings, trainer
@@ -74,6 +75,14 @@ def test_what_does_not_fit_in_memory_is_said_in_a_sentence(name, tmp_path):
     base = [knob for knob in (*SHORT, *FAKE) if knob.partition("=")[0] not in names]
     found = run(tmp_path / "work", "hydra.run.dir=runs/r", *base, *arguments, prepare=prepare)
     assert found.refused(message), found
+
+
+def test_held_images_that_do_not_fit_are_refused_before_they_are_read(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    (tmp_path / "list.txt").write_text("one.png\n" * 2000)
+    sentence = r"data.memory=100TB: holding images of up to 16000 pixels: needs 1,536\.0 GB .*; set data.memory=0"
+    with pytest.raises(UserError, match=sentence):
+        folder(str(tmp_path / "list.txt"), store_size=16_000, memory="100TB")
 
 
 @pytest.mark.parametrize(

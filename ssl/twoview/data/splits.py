@@ -17,7 +17,7 @@ from twoview.data.image_data import ImageData
 from twoview.data.images import Images, LazyImages, TensorImages, split_labels
 from twoview.data.preprocess import stored_size
 from twoview.data.scan import read_all
-from twoview.devices import available_memory, explained_memory
+from twoview.devices import available_memory, explained_memory, require_memory
 from twoview.errors import UserError, require, require_at_least
 
 log = logging.getLogger(__name__)
@@ -172,12 +172,14 @@ def load_splits(
     budget = _free_bytes() / 4 if settings.memory_bytes is None else settings.memory_bytes
     needed = sum(len(split.source) for split in found.values()) * channels * size * size
     keep = needed <= budget
+    advice = "set data.memory=0 to hold none of them, or a smaller data.store_size"
+    if keep:
+        require_memory(f"data.memory={settings.memory}: holding images of up to {size} pixels", needed, advice)
     splits, broken = [], []
     for knob, (source, names) in found.items():
         labels = torch.tensor([numbers[n] for n in names])
         images = LazyImages(source, labels, size, channels, workers, settings.max_broken)
         cache = None if keep else _cache(settings, images)
-        advice = "set data.memory=0 to hold none of them, or a smaller data.store_size"
         with explained_memory(f"{knob}: out of memory; the images need {needed / 1e6:,.0f} MB; {advice}"):
             readable, unreadable = read_all(images, settings.max_broken, knob, keep, cache)
         _log_storage(readable, knob, settings.image_size, size)
