@@ -26,6 +26,7 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 _DEFLATE, _BOUNDED = (8, 32946), (1, 5, 7, 8, 32773, 32946)
 MAX_BYTES_PER_PIXEL = 8  # of arrays, whose size is limited to this times Pillow's limit on pixels
 Shape = tuple[int, int, int]
+_Box = tuple[float, float, float, float]
 _FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}  # Pillow's formats by the first two bytes of the file
 # Members of Image.Transpose for the EXIF orientations 2 to 8; orientation 1 is upright.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -109,10 +110,19 @@ class _Whole:
         """Smallest height and width at which an image may be decoded."""
         return whole_size(height, width, self.size)
 
-    def of_image(self, plain: Image.Image, shape: tuple[int, int]) -> Image.Image:
-        """Resize a decoded image of 8 bits; ``shape`` is its height and width before it was decoded."""
+    def of_image(self, plain: Image.Image, shape: Shape, box: _Box | None, orientation: int) -> Image.Image:
+        """Resize a decoded image of 8 bits and turn it upright.
+
+        Args:
+            plain: the image, as it is stored.
+            shape: its height and width before it was decoded.
+            box: the part of ``plain`` that it covers; None for all.
+            orientation: EXIF orientation.
+        """
         height, width = whole_size(shape[0], shape[1], self.size)
-        return plain if plain.size == (width, height) else plain.resize((width, height), Image.Resampling.BILINEAR)
+        if plain.size != (width, height) or box not in (None, (0, 0, width, height)):
+            plain = plain.resize((width, height), Image.Resampling.BILINEAR, box)
+        return _upright(plain, orientation)
 
     def of_values(self, values: Tensor) -> Tensor:
         """Resize values fp32 ``[C, H, W]``."""
@@ -130,12 +140,13 @@ class _Square:
     def draft(self, height: int, width: int) -> tuple[int, int]:
         return self.size, self.size
 
-    def of_image(self, plain: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    def of_image(self, plain: Image.Image, shape: Shape, box: _Box | None, orientation: int) -> Image.Image:
+        plain = _upright(plain, orientation)
         short, size, (width, height) = min(plain.size), self.size, plain.size
         left, top = (width - short) // 2, (height - short) // 2
-        box = (left, top, left + short, top + short)
+        cut = (left, top, left + short, top + short)
         # Pillow's 8-bit resize equals the resize of values up to rounding and is several times faster.
-        return plain.crop(box) if short == size else plain.resize((size, size), Image.Resampling.BILINEAR, box)
+        return plain.crop(cut) if short == size else plain.resize((size, size), Image.Resampling.BILINEAR, cut)
 
     def of_values(self, values: Tensor) -> Tensor:
         size = self.size
@@ -190,28 +201,32 @@ def _of_file(handle: BinaryIO, fit: _Fit, channels: int) -> tuple[Tensor, Shape]
 
 def _of_image(image: Image.Image, fit: _Fit, channels: int) -> tuple[Tensor, Shape]:
     shape = (image.height, image.width, len(image.getbands()))
+    box: _Box | None = None
     if image.format == "JPEG" and image.mode in fit.drafted:
         height, width = fit.draft(*shape[:2])
-        image.draft(image.mode, (width, height))  # libjpeg decodes at a reduced size that is not below this one
-    orientation = _orientation(image)
-    turned = image if orientation == 1 else image.transpose(Image.Transpose[_TURNS[orientation - 2]])
-    if turned.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip such values to white
-        array = np.asarray(turned)
-        if turned.mode.startswith("I") and not 0 <= array.min() <= array.max() < 2**16:
+        # libjpeg decodes at a reduced size that is not below this one; the last pixels may be covered only in part.
+        _, box = image.draft(image.mode, (width, height)) or ("", None)
+    orientation, plain = _orientation(image), image
+    if plain.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip such values to white
+        array = np.asarray(_upright(plain, orientation))
+        if plain.mode.startswith("I") and not 0 <= array.min() <= array.max() < 2**16:
             raise ValueError(f"integers from {array.min()} to {array.max()}: give uint16, or floats in [0, 1]")
-        array = array if turned.mode == "F" else array.astype(np.uint16)
-        return _bytes(fit.of_values(_array(array, channels))), shape
-    if turned.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in turned.info:
-        turned = turned.convert("RGBA")
-    if turned.mode == "RGBA" and channels != 4:
-        turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+        array = array if plain.mode == "F" else array.astype(np.uint16)
+        return _bytes(fit.of_values(_scaled(array[None], channels))), shape
+    if plain.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in plain.info:
+        plain = plain.convert("RGBA")
+    if plain.mode == "RGBA" and channels != 4:
+        plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
     if channels not in (1, 3):
-        turned = turned if turned.mode in ("RGBA", "CMYK") else turned.convert("RGBA")
-        return _bytes(fit.of_values(_array(np.asarray(turned), channels))), shape
-    upright = shape[:2] if orientation < 5 else (shape[1], shape[0])
-    fitted = fit.of_image(turned.convert("L" if channels == 1 else "RGB"), upright)
+        plain = _upright(plain if plain.mode in ("RGBA", "CMYK") else plain.convert("RGBA"), orientation)
+        return _bytes(fit.of_values(_scaled(np.asarray(plain).transpose(2, 0, 1), channels))), shape
+    fitted = fit.of_image(plain.convert("L" if channels == 1 else "RGB"), shape, box, orientation)
     pixels = np.array(fitted).reshape(fitted.height, fitted.width, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), shape
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(Image.Transpose[_TURNS[orientation - 2]])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -282,11 +297,6 @@ def _read_tiff(handle: BinaryIO) -> np.ndarray:
         raise ValueError('TIFF with many channels needs: pip install "twoview[tiff]"') from None
     except Exception as error:  # tifffile raises its own exception classes
         raise ValueError(f"damaged TIFF ({error})") from error
-
-
-def _array(pixels: np.ndarray, channels: int) -> Tensor:
-    """Convert an array of any layout and depth to fp32 ``[channels, H, W]`` in [0, 255]."""
-    return _scaled(_channels_first(pixels), channels)
 
 
 def _channels_first(pixels: np.ndarray, last: bool = False) -> np.ndarray:
