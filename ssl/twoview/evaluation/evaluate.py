@@ -72,7 +72,7 @@ def evaluate(
     train, test = images.labelled
     small = {}
     if settings.baselines or any(measure.uses_thumbnails for measure in settings.measures):
-        side = min(SIDE, images.store_size or train.size)
+        side = min(SIDE, max(train.size, test.size))
         small = {"train": thumbnails(train, side), "test": thumbnails(test, side)}
 
     def inputs(name: str, network: Encoder | None) -> Inputs:
