@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from twoview.errors import UserError
@@ -47,6 +50,41 @@ def test_age_of_the_oldest_key_in_batches():
         queue.push(keys(2, i), torch.arange(2))
         ages.append(queue.age)
     assert ages == [1, 2, 3, 3, 3, 3]
+
+
+def test_ages_for_batches_of_different_sizes():
+    queue, pushed = NegativeQueue(7, 4), []
+    for i, n in enumerate((3, 1, 0, 9, 2, 4, 0, 1, 7, 5)):
+        queue.push(keys(n, i), torch.arange(n))
+        pushed = (pushed + [i] * n)[-7:]
+        assert queue.age.dtype == torch.int64
+        assert queue.age == 1 + i - min(pushed)
+
+
+def test_numbers_of_the_host_equal_the_buffers():
+    queue = NegativeQueue(7, 4)
+    for i, n in enumerate((3, 1, 0, 9, 2)):
+        queue.push(keys(n, i), torch.arange(n))
+        assert len(queue) == queue.filled == (queue.pushed_at > 0).sum()
+        same = copy.deepcopy(queue)
+        for q in (queue, same):
+            q.push(keys(2, 20), torch.tensor([70 + i, 80 + i]))
+        assert torch.equal(queue.cursor, same.cursor)
+        assert torch.equal(queue.read()[1], same.read()[1])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_replaces_a_longer_one(assign):
+    """An outer module loads the state, as a checkpoint does; the names are those of every version."""
+    empty, other = (nn.ModuleDict({"queue": NegativeQueue(6, 4)}) for _ in range(2))
+    names = ("keys", "ids", "pushed_at", "filled", "cursor", "pushes")
+    assert list(empty.state_dict()) == [f"queue.{name}" for name in names]
+    other["queue"].push(keys(8), torch.arange(8))
+    other.load_state_dict({name: value.clone() for name, value in empty.state_dict().items()}, assign=assign)
+    other["queue"].push(keys(1), torch.tensor([5]))
+    assert len(other["queue"]) == 1
+    assert other["queue"].read()[1].tolist() == [5]
+    assert other["queue"].age == 1
 
 
 def test_an_empty_push_changes_nothing():

@@ -6,7 +6,7 @@ gradients are finite for temperatures >= 1e-3, also if an embedding is zero.
 """
 
 import math
-from typing import Unpack
+from typing import Unpack, overload
 
 import torch
 from torch import Tensor
@@ -285,20 +285,29 @@ def info_nce_rows(
     return torch.where(any_negative, loss, 0.0)
 
 
-def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") -> float:
+@overload
+def chance_level(valid_negatives: int, variant: Variant = "infonce") -> float: ...
+@overload
+def chance_level(valid_negatives: Tensor, variant: Variant = "infonce") -> Tensor: ...
+def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") -> Tensor | float:
     """Loss if all similarities are equal: the mean of ``log(1 + n)``, or of ``log(n)`` for "dcl" and "dclw".
 
     Args:
         valid_negatives: number n of negatives, either equal for all rows or ``[N]``, one number per row.
         variant: form of the loss, see :func:`info_nce_rows`.
 
+    Returns:
+        A number if n is a Python integer. Otherwise a scalar tensor on the device of ``valid_negatives``, so that the
+        caller decides when to wait for its value; float64, or fp32 on MPS, which has no float64.
+
     Example:
-        >>> round(chance_level(511), 4)
-        6.2383
+        >>> round(chance_level(511), 4), chance_level(torch.tensor([511, 511]))
+        (6.2383, tensor(6.2383, dtype=torch.float64))
     """
-    counts = torch.as_tensor(valid_negatives).cpu().double()  # some devices have no float64
-    decoupled = variant in ("dcl", "dclw")
-    return float(torch.log(counts.clamp(min=1) if decoupled else 1 + counts).mean())
+    counts = torch.as_tensor(valid_negatives)
+    counts = counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
+    level = torch.log(counts.clamp(min=1) if variant in ("dcl", "dclw") else 1 + counts).mean()
+    return float(level) if isinstance(valid_negatives, int) else level
 
 
 def _log_debiased(log_mean: Tensor, s_positive: Tensor, tau_plus: float, floor: float) -> Tensor:

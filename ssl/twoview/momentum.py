@@ -53,11 +53,14 @@ class MomentumCopy(nn.Module):
         Args:
             momentum: weight of the copy, in [0, 1].
         """
-        torch._foreach_lerp_(list(self.copy.parameters()), list(self._original[0].parameters()), 1 - momentum)
-        if self.statistics == "own":
-            return
-        for average, original in zip(self.copy.buffers(), self._original[0].buffers(), strict=True):
-            if self.statistics == "average" and average.is_floating_point():
-                average.lerp_(original, 1 - momentum)
-            else:
-                average.copy_(original)
+        averaged: list[tuple[Tensor, Tensor]] = []
+        averaged += zip(self.copy.parameters(), self._original[0].parameters(), strict=True)
+        copied: list[tuple[Tensor, Tensor]] = []
+        if self.statistics != "own":
+            for pair in zip(self.copy.buffers(), self._original[0].buffers(), strict=True):
+                (averaged if self.statistics == "average" and pair[0].is_floating_point() else copied).append(pair)
+        # One kernel for many tensors: on a GPU, launching one per tensor takes longer than the arithmetic.
+        if averaged:
+            torch._foreach_lerp_([c for c, _ in averaged], [o for _, o in averaged], 1 - momentum)
+        if copied:
+            torch._foreach_copy_([c for c, _ in copied], [o for _, o in copied])

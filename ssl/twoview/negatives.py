@@ -1,5 +1,7 @@
 """First-in, first-out queue of the keys of earlier batches, which serve as negatives."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ class NegativeQueue(nn.Module):
 
     MoCo, He et al. 2020, arXiv:1911.05722, section 3.2. The queue starts empty, and only filled slots are returned. The
     image index of each key is stored too, so that keys of the same image can be removed from the negatives of a query.
+
+    No method waits for the device: the number of filled slots and the next slot are also held as Python integers, which
+    :meth:`push` and the loading of a state dict keep equal to the buffers. Do not change the buffers in another way.
 
     Args:
         size: number K of slots, >= 1.
@@ -44,10 +49,11 @@ class NegativeQueue(nn.Module):
         self.filled = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self.cursor = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self.pushes = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self._filled = self._cursor = 0  # values of the buffers; reading a buffer would wait for the device
 
     def __len__(self) -> int:
         """Number of filled slots."""
-        return int(self.filled)
+        return self._filled
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return the content of the k filled slots.
@@ -56,8 +62,7 @@ class NegativeQueue(nn.Module):
             L2-normalized keys ``[k, D]`` and int64 image indices ``[k]``, in the order of the slots. Both are views of
             the buffers; the next :meth:`push` changes them.
         """
-        filled = len(self)
-        return self.keys[:filled], self.ids[:filled]
+        return self.keys[: self._filled], self.ids[: self._filled]
 
     @torch.no_grad()
     def push(self, keys: Tensor, ids: Tensor) -> None:
@@ -77,16 +82,26 @@ class NegativeQueue(nn.Module):
         if keys.ndim != 2 or keys.shape[1] != dim or ids.shape != keys.shape[:1]:
             raise ValueError(f"push needs keys [N, {dim}] and ids [N], not {list(keys.shape)} and {list(ids.shape)}")
         self.pushes.add_(1)
-        first = int(self.cursor) + max(0, len(keys) - size)
-        self.cursor.fill_((int(self.cursor) + len(keys)) % size)
+        first = self._cursor + max(0, len(keys) - size)
+        self._cursor = (self._cursor + len(keys)) % size
         keys, ids = keys[-size:], ids[-size:]
+        self._filled = min(size, self._filled + len(keys))
         slots = torch.arange(first, first + len(keys), device=self.keys.device) % size
         self.keys[slots] = l2_normalize(keys.to(self.keys.dtype))
         self.ids[slots] = ids.to(self.ids.device)
         self.pushed_at[slots] = self.pushes
-        self.filled.fill_(min(size, len(self) + len(keys)))
+        self.cursor.fill_(self._cursor)
+        self.filled.fill_(self._filled)
 
     @property
-    def age(self) -> int:
-        """Age of the oldest key in batches: 1 for a key of the last batch, 0 for an empty queue."""
-        return 1 + int(self.pushes - self.pushed_at[: len(self)].min()) if len(self) else 0
+    def age(self) -> Tensor:
+        """Age of the oldest key in batches, an int64 scalar: 1 for a key of the last batch, 0 for an empty queue."""
+        if not self._filled:
+            return torch.zeros_like(self.pushes)
+        oldest = self._cursor if self._filled == len(self.keys) else 0  # slots are filled in their order
+        return 1 + self.pushes - self.pushed_at[oldest]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        size = len(self.keys)
+        self._filled, self._cursor = min(size, max(0, int(self.filled))), int(self.cursor) % size

@@ -25,6 +25,8 @@ def test_split_is_separate_forwards_of_the_groups(n):
 @pytest.mark.parametrize(("n", "groups"), [(16, 4), (16, 2), (13, 3)])
 def test_shuffled_keys_are_in_other_groups_than_the_queries(n, groups):
     order = spread(n, groups)
+    parts = torch.arange(n).tensor_split(groups)
+    assert all(torch.equal(order[g::groups], part) for g, part in enumerate(parts))
     assert sorted(order.tolist()) == list(range(n))
     for g in range(groups):
         members = order[g::groups]

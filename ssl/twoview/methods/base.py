@@ -39,7 +39,7 @@ class Step:
         features: ``[N, F]`` backbone features of the first view, without gradient.
         embeddings: one tensor ``[N, D]`` per view, without gradient, for monitoring. Row i of the first two tensors is
             a positive pair.
-        logs: further scalars to log, by name.
+        logs: further scalars to log, by name. Tensors are read at logged steps only.
         chance: loss if all similarities are equal, see :func:`twoview.losses.chance_level`; None if not defined.
         keys: keys ``[M, D]`` and int64 image indices ``[M]`` that :meth:`Method.after_batch` stores; None for no keys.
     """
@@ -48,7 +48,7 @@ class Step:
     features: Tensor
     embeddings: tuple[Tensor, ...]
     logs: dict[str, Tensor | float] = field(default_factory=dict)
-    chance: float | None = None
+    chance: Tensor | float | None = None
     keys: tuple[Tensor, Tensor] | None = None
 
 
@@ -58,6 +58,9 @@ class Method(nn.Module):
     Subclasses implement :meth:`loss`. Subclasses with further networks also override :meth:`encode`. The state of a
     method, such as a momentum encoder or a queue, is updated only in :meth:`after_update` (once per optimizer step) and
     :meth:`after_batch` (once per batch). Losses are computed from the embeddings of all ranks.
+
+    No method waits for the device, which would leave it idle while the next kernels are launched: values that depend on
+    tensors, such as ``chance`` and ``logs`` of a :class:`Step`, stay tensors. See docs/adding_a_method.md.
 
     Args:
         backbone: network, ``[N, C, H, W] -> [N, F]``.
@@ -179,7 +182,7 @@ class Method(nn.Module):
         """
 
 
-def in_batch_step(encoded: Encoded, loss: Tensor, z_a: Tensor, z_b: Tensor, chance: float) -> Step:
+def in_batch_step(encoded: Encoded, loss: Tensor, z_a: Tensor, z_b: Tensor, chance: Tensor | float) -> Step:
     """Build the step of a method whose negatives are the other images of the batch.
 
     Args:

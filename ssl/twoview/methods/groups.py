@@ -58,13 +58,13 @@ def in_shuffled_groups(network: Callable[[Tensor], Tensor], view: Tensor, groups
     """
     rank, world = rank_and_world()
     everyones = gather(view)
-    order = spread(len(everyones), world * groups).to(view.device)
+    order = spread(len(everyones), world * groups, view.device)
     mine = everyones[order[rank::world]].contiguous(memory_format=torch.channels_last)
     shuffled = gather(in_groups(network, (mine,), groups)[0])
     return shuffled[order.argsort()][rank::world]
 
 
-def spread(n: int, groups: int) -> Tensor:
+def spread(n: int, groups: int, device: torch.device | str = "cpu") -> Tensor:
     """Return a permutation of n images that moves the g-th of G contiguous parts to group g, as in :func:`in_groups`.
 
     A fixed permutation suffices, since the images of a batch are already in random order.
@@ -72,6 +72,7 @@ def spread(n: int, groups: int) -> Tensor:
     Args:
         n: number of images.
         groups: number G of groups.
+        device: device of the result, which is computed there.
 
     Returns:
         int64 ``[n]``; element i is the image that moves to position i.
@@ -80,7 +81,7 @@ def spread(n: int, groups: int) -> Tensor:
         >>> spread(6, 2).tolist()
         [0, 3, 1, 4, 2, 5]
     """
-    order = torch.empty(n, dtype=torch.int64)
-    for g, stretch in enumerate(torch.arange(n).tensor_split(groups)):
-        order[g::groups] = stretch
-    return order
+    position = torch.arange(n, device=device)
+    group = position % groups
+    # The first n mod G parts have one image more than the others.
+    return group * (n // groups) + group.clamp(max=n % groups) + position // groups

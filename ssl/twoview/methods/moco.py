@@ -47,7 +47,7 @@ class MoCo(Method):
         >>> view_a, view_b, ids = torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4), torch.arange(6)
         >>> method.after_batch(method(view_a, view_b, ids=ids))  # the first batch only fills the queue
         >>> step = method(view_a, view_b, ids=ids + 6)
-        >>> round(step.chance, 4), len(method.queue)
+        >>> round(float(step.chance), 4), len(method.queue)
         (1.9459, 6)
     """
 
@@ -123,7 +123,7 @@ class MoCo(Method):
         logs = {
             **contrastive_logs(*_cosines(q[:256].detach(), k[:256], queue), ~same[:256]),
             "queue_fill": len(queue) / len(self.queue.keys),
-            "queue_age": float(self.queue.age),
+            "queue_age": self.queue.age,
             "queue_masked": same.float().mean() if same.numel() else 0.0,
         }
         keys = (torch.cat(encoded.targets), ids.repeat(len(pairs)))

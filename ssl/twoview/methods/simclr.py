@@ -2,7 +2,6 @@
 
 from typing import Literal, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from twoview.errors import require_choice
@@ -71,9 +70,10 @@ class SimCLR(Method):
             The loss and values for monitoring.
         """
         z_a, z_b = gathered(*encoded.embeddings)
-        same, negatives = None, torch.tensor(2 * len(z_a) - 2)
+        same: Tensor | None = None
+        chance: Tensor | float = chance_level(2 * len(z_a) - 2, self.variant)
         if self.same == "labels" and labels is not None:
             same = positive_mask(gathered(labels)[0], len(z_a), z_a.device)
-            negatives = 2 * (~same).sum(1)
+            chance = chance_level(2 * (~same).sum(1), self.variant)
         loss = nt_xent(z_a, z_b, self.temperature, variant=self.variant, same=same, **self.variant_parameters)
-        return in_batch_step(encoded, loss, z_a, z_b, chance_level(negatives, self.variant))
+        return in_batch_step(encoded, loss, z_a, z_b, chance)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -108,10 +109,9 @@ def figures(step: Step) -> dict[str, float]:
     """
     world, own = rank_and_world()[1], len(step.features)
     features, *views = (_rows(z, local=len(z) == own) for z in (step.features, *step.embeddings))
+    scalars = {"loss": step.loss, **({} if step.chance is None else {"chance": step.chance}), **step.logs}
     found = {
-        "loss": float(step.loss.detach()),
-        **({} if step.chance is None else {"chance": step.chance}),
-        **{name: float(value) for name, value in step.logs.items()},
+        **_on_host(scalars, step.loss.device),
         **({"alignment": metrics.alignment(views[0], views[1])} if len(views) > 1 else {}),
         "uniformity": metrics.uniformity(views[0]),
         "embedding_std": metrics.feature_std(views[0]),
@@ -122,6 +122,16 @@ def figures(step: Step) -> dict[str, float]:
     mean = torch.tensor(list(found.values()), dtype=torch.float64, device=step.loss.device) / world
     dist.all_reduce(mean)
     return dict(zip(found, mean.tolist(), strict=True))
+
+
+def _on_host(scalars: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """Convert scalars to Python numbers, with one transfer for all tensors."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+    values = torch.stack([tensor.detach().reshape(()).to(device, dtype) for tensor in tensors.values()]).tolist()
+    return {name: float(value) for name, value in scalars.items() if name not in tensors} | dict(
+        zip(tensors, values, strict=True)
+    )
 
 
 def _rows(z: Tensor, local: bool, limit: int = 1024) -> Tensor:
