@@ -9,7 +9,7 @@ from timm.optim import Lars
 from twoview.backbones import create_backbone
 from twoview.errors import UserError
 from twoview.heads import projection_head
-from twoview.optim import OptimizerSettings, describe_groups
+from twoview.optim import OptimizerSettings, clip_gradients, describe_groups, replace_settings
 
 
 def test_biases_and_norms_are_neither_decayed_nor_adapted():
@@ -64,6 +64,83 @@ def test_a_kind_of_parameters_that_is_missing_has_no_group(network, names, weigh
     assert [group["name"] for group in optimizer.param_groups] == names
     assert [group["weight_decay"] for group in optimizer.param_groups][-1] == weight_decay * ("weights" in names)
     assert len(describe_groups(optimizer)) == len(names)
+
+
+def trained(factory, steps=5, restored=None):
+    """The weights and the optimizer after some steps with fixed gradients."""
+    torch.manual_seed(0)
+    network, _ = create_backbone("test_resnet", image_size=32)
+    network.to(memory_format=torch.channels_last)
+    optimizer = OptimizerSettings(factory, lr=1e-2).build(network, 256)
+    if restored is not None:
+        network.load_state_dict(restored[0])
+        optimizer.load_state_dict(restored[1])
+        replace_settings(optimizer, OptimizerSettings(factory, lr=1e-2).build(network, 256))
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for p in network.parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator) * 1e-3)
+        optimizer.step()
+    return network.state_dict(), optimizer.state_dict(), optimizer
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)])
+def test_the_fused_optimizer_equals_the_loop(cls):
+    (fused, _, optimizer), (loop, _, other) = trained(cls), trained(partial(cls, foreach=False))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert not any(group["fused"] for group in other.param_groups)
+    for name, weight in fused.items():
+        torch.testing.assert_close(weight, loop[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}])
+def test_a_factory_that_chooses_an_implementation_is_used_as_it_is(own):
+    optimizer = OptimizerSettings(partial(torch.optim.AdamW, **own)).build(projection_head(8), 256)
+    (name, value) = next(iter(own.items()))
+    assert all(group[name] == value and not group["fused"] for group in optimizer.param_groups)
+
+
+def test_optimizers_without_a_fused_implementation_are_built():
+    for factory in (
+        partial(Lars, momentum=0.9),
+        torch.optim.RMSprop,
+        lambda groups, lr: torch.optim.SGD(groups, lr=lr),
+    ):
+        assert not any(g.get("fused") for g in OptimizerSettings(factory).build(projection_head(8), 256).param_groups)
+
+
+@pytest.mark.parametrize("before", [{"foreach": False}, {}])
+@pytest.mark.parametrize("after", [{"foreach": False}, {}])
+def test_a_checkpoint_of_any_implementation_is_continued_with_another(before, after):
+    saved = trained(partial(torch.optim.AdamW, **before))[:2]
+    for entry in saved[1]["state"].values():  # as if saved by networks in another memory layout
+        entry |= {name: entry[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
+    weights, state, optimizer = trained(partial(torch.optim.AdamW, **after), restored=saved)
+    assert [bool(group["fused"]) for group in optimizer.param_groups] == [not after] * 2
+    assert all(entry["step"] == 10 for entry in state["state"].values())
+    expected = trained(torch.optim.AdamW, steps=5)
+    expected = trained(torch.optim.AdamW, restored=expected[:2])[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [{}, {"foreach": False}])
+def test_clipping_after_scaling_of_the_loss_equals_clipping_without_it(own):
+    def step(scaler):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(4, 2)
+        optimizer = OptimizerSettings(partial(torch.optim.SGD, **own), lr=1.0).build(network, 256)
+        loss = network(torch.ones(3, 4)).square().sum()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None and own:
+            scaler.unscale_(optimizer)  # as Lightning does for optimizers that are not fused
+        clip_gradients(optimizer, 0.5, scaler)
+        norm = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+        assert norm.item() == pytest.approx(0.5)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+        return network.weight
+
+    torch.testing.assert_close(step(torch.amp.GradScaler("cpu")), step(None))
 
 
 def test_lars_without_decay_is_refused():

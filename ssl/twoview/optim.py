@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from timm.optim import Lars
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from twoview.errors import UserError, require, require_choice
 from twoview.schedules import scaled_lr
+
+_FUSED = (AdamW, Adam, SGD)
+_IMPLEMENTATIONS = ("fused", "foreach", "differentiable")  # arguments that exclude each other
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,9 @@ class OptimizerSettings:
 
     Args:
         factory: function ``(parameter_groups, lr=lr) -> Optimizer``, such as
-            ``functools.partial(torch.optim.SGD, momentum=0.9)``.
+            ``functools.partial(torch.optim.SGD, momentum=0.9)``. AdamW, Adam and SGD of torch are used with
+            ``fused=True``, one kernel for many tensors, on a CPU and on CUDA; a factory that sets ``fused``,
+            ``foreach`` or ``differentiable`` is used as it is.
         lr: learning rate for a batch of 256 images, > 0.
         weight_decay: weight decay of matrices and kernels, >= 0. Biases and parameters of norm layers have no weight
             decay, as in SimCLR and MoCo v3.
@@ -74,12 +80,71 @@ class OptimizerSettings:
                 groups[parameter.ndim > 1 and not name.endswith(".bias")]["params"].append(parameter)
         lr = scaled_lr(self.lr, global_batch, self.lr_scaling)
         try:
-            optimizer = self.factory([g for g in groups if g["params"]], lr=lr)
+            optimizer = self.factory([g for g in groups if g["params"]], lr=lr, **self._fused(groups))
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer.factory: {error}") from error
         for group in optimizer.param_groups:
             group["base_lr"] = lr  # multiplied by the schedule; part of the optimizer state
         return optimizer
+
+    def _fused(self, groups: list[dict[str, Any]]) -> dict[str, bool]:
+        """The argument that selects the fused implementation if there is one for the factory and all parameters."""
+        own = getattr(self.factory, "keywords", {})
+        possible = getattr(self.factory, "func", self.factory) in _FUSED and not any(k in own for k in _IMPLEMENTATIONS)
+        parameters = [p for group in groups for p in group["params"]]
+        possible = possible and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        return {"fused": True} if possible else {}
+
+
+def replace_settings(optimizer: Optimizer, given: Optimizer) -> None:
+    """Replace all settings of an optimizer, such as the learning rate, and keep its state.
+
+    A checkpoint restores the settings with which it was saved. A checkpoint of any implementation can be continued with
+    another one: counters of steps are moved to where the implementation expects them, and moments get the memory layout
+    of their parameter, without which fused kernels on a CPU compute wrong values. Autograd gives gradients this layout.
+
+    Args:
+        optimizer: an optimizer with restored state.
+        given: an optimizer of the same parameter groups with the settings to use.
+
+    Example:
+        >>> network = nn.Linear(4, 2)
+        >>> restored, given = (OptimizerSettings(lr=lr).build(network, global_batch=256) for lr in (0.1, 0.2))
+        >>> replace_settings(restored, given)
+        >>> restored.param_groups[0]["lr"]
+        0.2
+    """
+    for group, settings in zip(optimizer.param_groups, given.param_groups, strict=True):
+        group.update({name: value for name, value in settings.items() if name != "params"})
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if name == "step" and isinstance(value, Tensor):
+                    state[name] = value.to(parameter.device if on_device else "cpu")
+                elif isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def clip_gradients(optimizer: Optimizer, limit: float, scaler: torch.amp.GradScaler | None = None) -> None:
+    """Scale the gradients so that their norm over all parameters is at most ``limit``.
+
+    Args:
+        optimizer: optimizer whose parameters have gradients.
+        limit: largest norm of the gradient, > 0.
+        scaler: scaler of the loss in fp16. Gradients that a fused optimizer would unscale in its step are unscaled
+            here; those of other optimizers must have been unscaled.
+
+    Example:
+        >>> network = nn.Linear(4, 2)
+        >>> network(torch.ones(1, 4)).sum().backward()
+        >>> clip_gradients(OptimizerSettings().build(network, global_batch=256), limit=1.0)
+        >>> torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+        tensor(1.0000)
+    """
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
 
 
 def describe_groups(optimizer: Optimizer) -> list[str]:

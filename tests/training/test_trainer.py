@@ -14,8 +14,9 @@ from twoview.errors import UserError
 from twoview.training.trainer import choose_precision
 
 
-def test_bf16_trains(tmp_path):
-    report = pretrain(tmp_path, trainer=replace(CPU, precision="bf16-mixed"), settings=None)
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_bf16_trains(tmp_path, clip):
+    report = pretrain(tmp_path, trainer=replace(CPU, precision="bf16-mixed", clip=clip), settings=None)
     assert report["training"]["precision"] == "bf16-mixed"
     assert all(math.isfinite(float(x)) for x in losses(tmp_path))
 

@@ -20,7 +20,7 @@ from twoview.encoder import LAST, ModelCard
 from twoview.errors import UserError, require
 from twoview.methods import Method, Step
 from twoview.negatives import NegativeQueue
-from twoview.optim import OptimizerSettings
+from twoview.optim import OptimizerSettings, clip_gradients, replace_settings
 from twoview.training.lightning_internals import batches_started, is_accumulating
 from twoview.training.resume import Conditions
 
@@ -79,10 +79,7 @@ class Pretraining(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Replace the learning rate and other settings of the optimizer, which a checkpoint restores, by the given."""
-        optimizer = self.trainer.optimizers[0]
-        given = self.configure_optimizers().param_groups
-        for group, settings in zip(optimizer.param_groups, given, strict=True):
-            group.update({name: value for name, value in settings.items() if name != "params"})
+        replace_settings(self.trainer.optimizers[0], self.configure_optimizers())
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -155,6 +152,13 @@ class Pretraining(L.LightningModule):
             torch._foreach_mul_(gradients, batches / accumulated)
         super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
         self.method.after_update((self.global_step + 1) / self.total_steps)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Limit the norm of the gradient. Lightning refuses to do so for fused optimizers in mixed precision."""
+        if gradient_clip_val is not None:
+            clip_gradients(optimizer, gradient_clip_val, getattr(self.trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Update the state of the method after the batch."""
