@@ -1,19 +1,26 @@
 """Losses and weights that are not finite."""
 
 import json
+import multiprocessing
+import os
+import socket
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from short_runs import CPU, pretrain
+from short_runs import CPU, RECIPE, pretrain, short_data
+from torch import distributed as dist
 
 from twoview.encoder import read_checkpoint
 from twoview.errors import UserError
 from twoview.methods import MoCo, SimCLR
 from twoview.optim import OptimizerSettings
 from twoview.schedules import constant
+from twoview.training import RunSettings
+from twoview.training.finite import BatchLoss, LossCheck
 from twoview.training.loader import BatchOrder
+from twoview.training.pretraining import prepare, train
 
 
 class Breaks(MoCo):
@@ -27,6 +34,25 @@ class Breaks(MoCo):
         step = super().forward(view_a * (float("nan") if bad else 1), view_b, ids=ids, labels=labels)
         assert bool(step.loss.isfinite()) != bad
         return step
+
+
+class BreaksAt(SimCLR):
+    """A method whose loss is not a number from the given batch on, whose weights are then not finite."""
+
+    def __init__(self, backbone, head, batch):
+        super().__init__(backbone, head)
+        self.left = batch
+
+    def forward(self, view_a, view_b, ids=None, labels=None):
+        self.left -= 1
+        return super().forward(view_a * (float("nan") if self.left < 0 else 1), view_b, ids=ids, labels=labels)
+
+
+def train_reading_together(folder, method, every):
+    """A run in which the losses of several batches are read together, as on a GPU."""
+    run = prepare(short_data, replace(RECIPE, method=method), CPU, RunSettings(folder), holdout=0.2)
+    run.module.losses.every = every
+    train(run)
 
 
 def batches_with(image):
@@ -56,6 +82,48 @@ def test_a_nan_loss_ends_the_run_with_the_batch_and_the_last_good_checkpoint(tmp
     assert content["global_step"] == 10
     assert content["twoview"]["skipped"] == 1
     assert json.loads((folder / "nonfinite.jsonl").read_text().splitlines()[1])["images"] == later
+
+
+@pytest.mark.parametrize("bad", [0, 5, 9])
+@pytest.mark.parametrize("every", [4, 1000])
+def test_losses_that_are_read_together_name_the_first_bad_batch(tmp_path, every, bad):
+    images = list(BatchOrder(1347, 128, 0, lambda: 0))[bad].tolist()
+    with pytest.raises(UserError, match=rf"at step {bad} the loss is nan .*no checkpoint had been written"):
+        train_reading_together(tmp_path, partial(BreaksAt, batch=bad), every)
+    (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": bad, "loss": "nan", "images": images}
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_losses_are_read_before_every_save(tmp_path):
+    with pytest.raises(UserError, match=r"at step 13 the loss is nan .*checkpoint is .*last.ckpt"):
+        train_reading_together(tmp_path, partial(BreaksAt, batch=13), 1000)
+    content = read_checkpoint(tmp_path)
+    assert content["global_step"] == 10
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+def read_on(rank, port, results):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    check = LossCheck(every=3)
+    for step, losses in enumerate([(1.0, 2.0), (3.0, float("inf")), (float("nan"), 4.0)]):
+        check.add(BatchLoss(step, torch.tensor(losses[rank]), torch.tensor([10 * step + rank])))
+    found = check.first_not_finite()
+    results.put((found.step, float(found.loss), found.ids.tolist()))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_find_the_same_batch():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=read_on, args=(rank, port, results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert sorted(results.get(timeout=30) for _ in processes) == [(1, 3.0, [10]), (1, float("inf"), [11])]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -23,6 +23,7 @@ from twoview.training import TrainerSettings
         ({"skip_nonfinite": -1}, "trainer.skip_nonfinite=-1"),
         ({"clip": "abc"}, "trainer.clip=abc"),
         ({"clip": 0}, "trainer.clip=0"),
+        ({"compile": "yes"}, "trainer.compile=yes: choose auto, true or false"),
         ({"log_every": 0}, "trainer.log_every=0"),
         ({"check_every": -1}, "trainer.check_every=-1"),
     ],

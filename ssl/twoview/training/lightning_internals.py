@@ -1,4 +1,4 @@
-"""All uses of undocumented attributes of Lightning. Checked with Lightning 2.6.6."""
+"""All uses of undocumented attributes of Lightning and of nn.Module. Checked with Lightning 2.6.6, torch 2.14."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies.launchers import subprocess_script
+from torch import nn
 
 from twoview.files import read_csv
 
@@ -37,6 +38,20 @@ def set_max_steps(trainer: L.Trainer, steps: int) -> None:
 def is_accumulating(trainer: L.Trainer) -> bool:
     """Return whether gradients are accumulated, so that the current batch does not end an optimizer step."""
     return trainer.fit_loop._should_accumulate()
+
+
+def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Leave SIGTERM to :class:`twoview.training.callbacks.SignalHandler`.
+
+    Lightning broadcasts in every batch whether rank 0 has received it, which waits for the device.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def swap_compiled_call(network: nn.Module, call: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Replace the function that ``nn.Module.compile`` sets, and return the former one; torch has no way to undo it."""
+    former, network._compiled_call_impl = network._compiled_call_impl, call
+    return former
 
 
 def flush_step_metrics(trainer: L.Trainer) -> None:

@@ -1,11 +1,13 @@
 """Batches for pretraining, and their order."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -63,6 +65,46 @@ class BatchOrder(Sampler[Tensor]):
         yield from own.split(share)[first:]
 
 
+class Prefetcher:
+    """Copies the next batch to the device while the current batch trains.
+
+    On CUDA, batches are copied on a stream of their own, for which the kernels of the current batch do not wait.
+    Batches that have been copied when a run stops have no effect: :class:`BatchOrder` counts those that were started.
+
+    Args:
+        loader: batches in host memory, pinned, or on the device.
+        device: device of the training.
+    """
+
+    def __init__(self, loader: DataLoader[Batch], device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if stream is not None:  # images that are held on the device must have arrived there
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        batches = iter(self.loader)
+        batch = self._next(batches, stream)
+        while batch is not None:
+            if stream is not None:
+                training = torch.cuda.current_stream(self.device)
+                training.wait_stream(stream)
+                for tensor in batch:
+                    if isinstance(tensor, Tensor):
+                        tensor.record_stream(training)  # its memory is used again only after training has used it
+            following = self._next(batches, stream)
+            yield batch
+            batch = following
+
+    def _next(self, batches: Iterator[Batch], stream: torch.cuda.Stream | None) -> Batch | None:
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            batch = next(batches, None)
+            return None if batch is None else move_data_to_device(batch, self.device)
+
+
 class PretrainingData(L.LightningDataModule):
     """Batches of unaugmented uint8 images for pretraining.
 
@@ -75,8 +117,8 @@ class PretrainingData(L.LightningDataModule):
         super().__init__()
         self.images, self.seed = images, seed
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the loader of this rank.
+    def train_dataloader(self) -> DataLoader[Batch] | Prefetcher:
+        """Return the loader of this rank; on CUDA, as a :class:`Prefetcher`.
 
         Images in host memory are moved to the GPU if they fit into a quarter of the free GPU memory.
         """
@@ -92,4 +134,5 @@ class PretrainingData(L.LightningDataModule):
         started, rank, world_size = partial(batches_started, trainer), trainer.global_rank, trainer.world_size
         order = BatchOrder(len(images), self.images.batch_size, self.seed, started, rank, world_size, images.blocks)
         options: Any = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin}
-        return DataLoader(images, batch_size=None, sampler=order, **options)
+        loader = DataLoader(images, batch_size=None, sampler=order, **options)
+        return Prefetcher(loader, device) if device.type == "cuda" else loader

@@ -21,6 +21,7 @@ from twoview.errors import UserError, require
 from twoview.methods import Method, Step
 from twoview.negatives import NegativeQueue
 from twoview.optim import OptimizerSettings, clip_gradients, replace_settings
+from twoview.training.finite import BatchLoss, LossCheck
 from twoview.training.lightning_internals import batches_started, is_accumulating
 from twoview.training.resume import Conditions
 
@@ -39,6 +40,9 @@ class Pretraining(L.LightningModule):
         card: metadata stored in every checkpoint; ``card.seed`` is the seed of augmentation and dropout.
         conditions: settings that are stored and are compared when a run is resumed; None to compare nothing.
         skip_nonfinite: largest number of batches that are skipped because the loss is not finite.
+
+    Attributes:
+        losses: the check of the losses; must read each loss at once if ``skip_nonfinite`` is not 0.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Pretraining(L.LightningModule):
         self.length_restored = False  # whether total_steps came from a checkpoint
         self.on_step_boundary: Callable[[L.Trainer], None] | None = None  # called after all batch hooks
         self.skip_nonfinite, self.skipped = skip_nonfinite, 0
+        self.losses = LossCheck()
         self.batches_without_step = 0
         self.changes: list[str] = []  # settings that were changed when the run was resumed
         self.no_update = False  # whether the method was not ready or a batch was skipped in this optimizer step
@@ -99,19 +104,32 @@ class Pretraining(L.LightningModule):
         modules = [m for m in self.method.modules() if self.skip_nonfinite and not isinstance(m, NegativeQueue)]
         state = [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
         self.step = self.method(*views, ids=batch.ids, labels=batch.labels)
-        loss = self.step.loss
-        if self.trainer.strategy.reduce_boolean_decision(bool(loss.detach().isfinite())):
-            return loss
-        self._not_finite(float(loss.detach()), batch)
+        self.losses.add(BatchLoss(self.global_step, self.step.loss.detach(), batch.ids))
+        if self.losses.every > 1 or self.check_losses():
+            return self.step.loss
         for buffer, before in state:
             buffer.copy_(before)
         self.step, self.no_update = None, True
         # A zero loss, since all ranks must run a backward pass.
         return 0.0 * torch.stack([p.sum() for p in self.method.parameters() if p.requires_grad]).sum()
 
-    def _not_finite(self, loss: float, batch: Batch) -> None:
-        folder, step = Path(self.trainer.default_root_dir), self.global_step
-        images = gather(batch.ids).tolist()
+    def check_losses(self) -> bool:
+        """Read the losses that have not been read. Call on all ranks, and before weights are saved.
+
+        Returns:
+            True if all are finite; False if the batch of the last one must be skipped.
+
+        Raises:
+            UserError: if a loss is not finite and no more batches may be skipped.
+        """
+        found = self.losses.first_not_finite()
+        if found is not None:
+            self._not_finite(found)
+        return found is None
+
+    def _not_finite(self, found: BatchLoss) -> None:
+        folder, step, loss = Path(self.trainer.default_root_dir), found.step, float(found.loss)
+        images = gather(found.ids).tolist()
         self.skipped += 1
         file = folder / "nonfinite.jsonl"
         if self.global_rank == 0:
@@ -164,6 +182,8 @@ class Pretraining(L.LightningModule):
         """Update the state of the method after the batch."""
         if self.step is not None:
             self.method.after_batch(self.step)
+        if self.losses.due:
+            self.check_losses()
         if self.on_step_boundary is not None and not is_accumulating(self.trainer):
             self.on_step_boundary(self.trainer)
 

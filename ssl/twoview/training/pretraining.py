@@ -26,6 +26,7 @@ from twoview.optim import describe_groups
 from twoview.schedules import require_warmup_fits
 from twoview.training import callbacks
 from twoview.training.checkpoints import newest
+from twoview.training.compilation import compiled, should_compile
 from twoview.training.lightning_internals import batches_completed, keep_csv_rows
 from twoview.training.loader import PretrainingData
 from twoview.training.module import Pretraining
@@ -48,6 +49,7 @@ class Prepared:
         module: Lightning module with the method and the augmentation.
         trainer: Lightning Trainer.
         run: run settings.
+        compile: whether the networks are compiled.
     """
 
     encoder: Encoder
@@ -55,6 +57,7 @@ class Prepared:
     module: Pretraining
     trainer: L.Trainer
     run: RunSettings
+    compile: bool
 
     @property
     def is_main(self) -> bool:
@@ -98,17 +101,22 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     signals, logger = callbacks.SignalHandler(save), callbacks.TrainingLogger(settings.log_every)
     check = _feature_check(encoder, images, holdout, save, settings.check_every)
     limit = [callbacks.TimeLimit(settings.seconds)] if settings.seconds is not None else []
-    hooks = [logger, check, save, signals, callbacks.ProgressBar(), *limit]
+    hooks = [logger, check, save, signals, callbacks.ProgressBar(logger), *limit]
     trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
     _check_devices(trainer, method, images)
     _check_warmup(recipe, settings, images)
-    conditions = _conditions(trainer, settings, images, run, recipe.optimizer.name)
+    device = trainer.strategy.root_device
+    compiles = should_compile(settings.compile, device)
+    conditions = _conditions(trainer, settings, images, run, recipe.optimizer.name, compiles)
     batch = images.batch_size * settings.accumulate
     module = Pretraining(
         method, views, recipe.optimizer, recipe.schedule, batch, card, conditions, settings.skip_nonfinite
     )
     module.on_step_boundary = signals.stop_if_asked
-    return Prepared(encoder, images, module, trainer, run)
+    if device.type != "cpu":  # which works asynchronously
+        signals.every = settings.log_every
+        module.losses.every = 1 if settings.skip_nonfinite else min(50, settings.log_every * settings.accumulate)
+    return Prepared(encoder, images, module, trainer, run, compiles)
 
 
 def train(prepared: Prepared) -> dict[str, Any]:
@@ -140,7 +148,8 @@ def train(prepared: Prepared) -> dict[str, Any]:
     optimizer = module.configure_optimizers()  # only to describe it; the Trainer builds another one
     _log_start(prepared, optimizer)
     start = time.perf_counter()
-    fit(trainer, module, PretrainingData(images, run.seed), stopped["path"] if stopped else None)
+    with compiled(module.method, prepared.compile):
+        fit(trainer, module, PretrainingData(images, run.seed), stopped["path"] if stopped else None)
     seen = batches_completed(trainer) * images.batch_size
     return {
         "epochs": round(seen / len(images.pretrain), 2),
@@ -244,13 +253,14 @@ def _check_warmup(recipe: Recipe, settings: TrainerSettings, images: ImageData) 
 
 
 def _conditions(
-    trainer: L.Trainer, settings: TrainerSettings, images: ImageData, run: RunSettings, optimizer: str
+    trainer: L.Trainer, settings: TrainerSettings, images: ImageData, run: RunSettings, optimizer: str, compiles: bool
 ) -> Conditions:
     conditions = {
         "seed": run.seed,
         "data.batch_size": images.batch_size,
         "trainer.accumulate": settings.accumulate,
         "trainer.precision": str(trainer.precision),
+        "trainer.compile": compiles,
         "processes": trainer.world_size,
         "threads": torch.get_num_threads(),
         "device": device_capability(trainer.strategy.root_device),

@@ -94,8 +94,11 @@ class TrainerSettings:
             :func:`twoview.training.trainer.choose_precision`.
         accumulate: number of batches per optimizer step, >= 1; does not increase the number of negatives.
         clip: largest norm of the gradient, > 0; None for no clipping.
+        compile: whether to compile the backbone and its momentum copy by ``torch.compile``; "auto" does so on CUDA.
+            Compilation takes up to a minute at the start.
         skip_nonfinite: largest number of batches that are skipped because the loss is not finite, >= 0; a further such
-            batch ends the run with an error.
+            batch ends the run with an error. Above 0, every step waits for its loss. At 0, an accelerator reads the
+            losses of several steps together and before every save.
         timeout: minutes that a process waits for the other processes of the run before it ends, > 0. It must exceed the
             time of a kNN check, which rank 0 does alone.
         log_every: number of optimizer steps between logged values, >= 1.
@@ -117,6 +120,7 @@ class TrainerSettings:
     precision: str = "auto"
     accumulate: int = 1
     clip: float | None = None
+    compile: bool | str = "auto"
     skip_nonfinite: int = 0
     timeout: float = 30
     log_every: int = 10
@@ -126,6 +130,8 @@ class TrainerSettings:
         require_choice("trainer", ("auto", "cpu", "gpu", "mps"), accelerator=self.accelerator)
         possible = self.clip is None or (isinstance(self.clip, int | float) and self.clip > 0)
         require(possible, f"trainer.clip={self.clip}: give a number above 0, or null for no limit")
+        known = self.compile in (True, False, "auto")
+        require(known, f"trainer.compile={self.compile}: choose auto, true or false")
         possible = isinstance(self.timeout, int | float) and 0 < self.timeout <= 1e6
         require(possible, f"trainer.timeout={self.timeout}: give a number of minutes above 0")
         limits = {"max_epochs": self.max_epochs, "max_time": self.max_time, "max_steps": self.max_steps}

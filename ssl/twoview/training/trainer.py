@@ -17,7 +17,7 @@ from twoview.backbones import is_depthwise
 from twoview.devices import explained_memory, pick_device, require_memory
 from twoview.errors import UserError, require
 from twoview.training.checkpoints import AtomicCheckpointIO
-from twoview.training.lightning_internals import process_observer
+from twoview.training.lightning_internals import process_observer, skip_sigterm_broadcast
 from twoview.training.loader import PretrainingData
 from twoview.training.ranks import Ranks
 from twoview.training.settings import Loggers, TrainerSettings
@@ -49,7 +49,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", f".*({expected}).*")
     precision = choose_precision(settings.precision, network, device)
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=nodes,
@@ -75,6 +75,8 @@ def build_trainer(
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         knobs = " ".join(f"trainer.{k}={getattr(settings, k)}" for k in ("accelerator", "devices", "precision"))
         raise UserError(f"{knobs}: {str(error).splitlines()[0]}") from error
+    skip_sigterm_broadcast(trainer)
+    return trainer
 
 
 def _check_memory(network: nn.Module, device: torch.device) -> None:

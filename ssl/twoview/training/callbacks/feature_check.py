@@ -11,6 +11,7 @@ from twoview import metrics
 from twoview.data import Images, fixed_sample
 from twoview.encoder import Encoder
 from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
+from twoview.training.compilation import eager
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class FeatureCheck(L.Callback):
         done = trainer.global_step >= pl_module.total_steps
         if not self.every or not (done or (trainer.current_epoch + 1) % self.every == 0):
             return
+        pl_module.check_losses()
         # On rank 0 only: BatchNorm statistics differ between ranks, but all ranks must choose the same checkpoint.
         found = self.check(pl_module.device) if trainer.is_global_zero else ({}, "")
         figures, message = trainer.strategy.broadcast(found)
@@ -60,6 +62,10 @@ class FeatureCheck(L.Callback):
     def check(self, device: torch.device | str) -> tuple[dict[str, float], str]:
         """Compute the metrics by name, and a message for the log."""
         self.encoder.to(device)
+        with eager(self.encoder.network):
+            return self._check()
+
+    def _check(self) -> tuple[dict[str, float], str]:
         bank = self.encoder.feature_matrix(self.bank)
         # Evenly spaced rows, because the images of a folder are sorted by class.
         rows = bank[torch.linspace(0, len(bank) - 1, min(len(bank), 10 * bank.shape[1])).long()]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from twoview.encoder import LAST
 from twoview.errors import require
@@ -44,9 +45,11 @@ class SaveCheckpoints(L.Callback):
         """Save a checkpoint of the current state.
 
         Raises:
-            UserError: if weights are not finite or the file cannot be written.
+            UserError: if a loss or weights are not finite, or the file cannot be written.
         """
-        finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
+        module: Any = trainer.lightning_module
+        module.check_losses()
+        finite = torch.stack([weight.isfinite().all() for weight in module.parameters()]).all()
         diverged = f"after step {trainer.global_step} the weights are not finite: training has diverged"
         kept = f"{self.folder / LAST} is unchanged" if (self.folder / LAST).exists() else "no checkpoint was written"
         require(finite, f"{diverged}; lower optimizer.lr or set trainer.clip=1; {kept}")

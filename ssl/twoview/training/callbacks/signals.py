@@ -17,17 +17,20 @@ NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 
 
 class SignalHandler(L.Callback):
-    """Stores a received signal in a flag that all ranks check at every step boundary.
+    """Stores a received signal in a flag that all ranks check at step boundaries.
 
     A second SIGINT stops the process at once. For SIGUSR1 and SIGUSR2, the handler that was installed before, such as
     that of submitit, is called after saving.
 
     Args:
         save: callback that saves the checkpoint.
+
+    Attributes:
+        every: number of steps between exchanges of the flag by several ranks; each exchange waits for the devices.
     """
 
     def __init__(self, save: SaveCheckpoints) -> None:
-        self.save = save
+        self.save, self.every = save, 1
         self.received = 0
         self.before: dict[int, Any] = {}
 
@@ -48,6 +51,8 @@ class SignalHandler(L.Callback):
         """
         received = self.received
         if trainer.world_size > 1:
+            if trainer.global_step % self.every:
+                return
             # All ranks use the largest signal number, so that they stop with the same exit code.
             flag = torch.tensor(received, device=trainer.strategy.root_device)
             received = int(trainer.strategy.reduce(flag, reduce_op="max"))

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from twoview.schedules import chosen_warmup
+from twoview.training.clock import wait_for
 from twoview.training.lightning_internals import set_max_steps
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ class TimeLimit(L.Callback):
             return
         self.steps, done = steps, steps - self.first
         late = trainer.strategy.broadcast(now - self.start > self.seconds / 5)
+        if done in (self.warm_up, self.warm_up + self.timed) or late:
+            wait_for(pl_module.device)  # which may not have started the last steps yet
+            now = time.perf_counter()
         if done <= self.warm_up and not late:
             self.warm_at, self.warm_steps = now, done
         elif late or done == self.warm_up + self.timed:

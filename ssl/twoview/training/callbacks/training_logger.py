@@ -13,6 +13,7 @@ from twoview import metrics
 from twoview.data import Batch
 from twoview.distributed import gather, rank_and_world
 from twoview.methods import Step
+from twoview.training.clock import Stopwatch, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ class TrainingLogger(L.Callback):
 
     Args:
         every: number of optimizer steps between logged values; the same as ``log_every_n_steps`` of the Trainer.
+
+    Attributes:
+        logged: the last logged values by name; empty before the first.
     """
 
     def __init__(self, every: int) -> None:
@@ -31,14 +35,16 @@ class TrainingLogger(L.Callback):
         self.warned = False
         self.batch_end = self.batch_start = self.logged_at = time.perf_counter()
         self.batches = 0
-        self.load = self.augment = self.lap_start = 0.0
+        self.load = 0.0
+        self.logged: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the time measurement, and register hooks that measure the augmentation."""
         self.batch_end = self.logged_at = time.perf_counter()
+        self.augment = Stopwatch(pl_module.device)
         self.hooks = [
-            pl_module.augment.register_forward_pre_hook(lambda *_: self._lap(pl_module)),
-            pl_module.augment.register_forward_hook(lambda *_: self._lap(pl_module, "augment")),
+            pl_module.augment.register_forward_pre_hook(lambda *_: self.augment.start()),
+            pl_module.augment.register_forward_hook(lambda *_: self.augment.stop()),
         ]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -61,31 +67,22 @@ class TrainingLogger(L.Callback):
         """Log the metrics every ``every`` optimizer steps."""
         self.batches += 1
         if trainer.global_step % self.every == 0 and pl_module.step is not None:
+            wait_for(pl_module.device)
             now, images = time.perf_counter(), self.batches * len(batch.ids) * trainer.world_size
             seconds = now - self.logged_at
-            logged = {
+            load, augment = self.load / seconds, self.augment.total() / seconds
+            self.logged = {
                 **figures(pl_module.step),
                 "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
                 "images_per_second": images / seconds,
-                "time_load": self.load / seconds,
-                "time_augment": self.augment / seconds,
-                "time_train": 1 - (self.load + self.augment) / seconds,
+                "time_load": load,
+                "time_augment": augment,
+                "time_train": max(0.0, 1 - load - augment),  # a GPU augments one batch while another is loaded
             }
-            pl_module.log_dict({f"train/{name}": value for name, value in logged.items()})
-            self._warn(logged, trainer.global_step / pl_module.total_steps)
-            self.batches, self.load, self.augment, self.logged_at = 0, 0.0, 0.0, time.perf_counter()
+            pl_module.log_dict({f"train/{name}": value for name, value in self.logged.items()})
+            self._warn(self.logged, trainer.global_step / pl_module.total_steps)
+            self.batches, self.load, self.logged_at = 0, 0.0, time.perf_counter()
         self.batch_end = time.perf_counter()
-
-    def _lap(self, pl_module: Any, add_to: str = "") -> None:
-        if pl_module.device.type == "cuda":
-            # Timing of GPU work needs a synchronization, which is slow. Measure every eighth batch only.
-            if self.batches % 8:
-                return
-            torch.cuda.synchronize(pl_module.device)
-        now = time.perf_counter()
-        if add_to:
-            self.augment += (now - self.lap_start) * (8 if pl_module.device.type == "cuda" else 1)
-        self.lap_start = now
 
     def _warn(self, figures: dict[str, float], progress: float) -> None:
         # BatchNorm at the end of a head enlarges even tiny differences between embeddings, so backbone features are
