@@ -5,6 +5,7 @@ import torch
 from fake_device import WaitError, bf16_autocast, fake_cuda
 from small_methods import ALL, make
 
+from twoview.augment import TwoViews
 from twoview.methods import MoCo, SimCLR
 
 N = 8
@@ -20,18 +21,23 @@ CASES = {
 }
 
 
-def random_views():
-    """The views that the augmentation computes."""
-    return [torch.randn(N, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last) for _ in range(2)]
+def augmentation(engine="fused", cls=TwoViews):
+    """Both views of images of different sizes, with every operation of a recipe."""
+    return cls(32, 3, [0.5] * 3, [0.25] * 3, view_b={"solarize_p": 0.2, "blur_p": 0.1}, engine=engine)
 
 
-def train_on_fake_device(method, views=random_views, steps=4):
+def train_on_fake_device(method, augment=None, steps=4):
     """Steps of a method in bf16, without the backward pass, which needs a real device."""
-    with fake_cuda(method):
+    augment = augment or augmentation()
+    sizes = torch.randint(20, 41, (N, 2), generator=torch.Generator().manual_seed(0))  # on the host
+    with fake_cuda(method, augment):
         for i in range(steps):
             ids, labels = torch.arange(i * N, (i + 1) * N, device="cuda"), torch.arange(N, device="cuda") % 3
+            pixels = torch.randint(0, 256, (N, 3, 40, 40), dtype=torch.uint8, device="cuda")
             with bf16_autocast():
-                step = method(*views(), ids=ids, labels=labels)
+                views = augment(pixels, key=(0, i), sizes=sizes if i % 2 else None)
+                step = method(*views, ids=ids, labels=labels)
+            assert all(view.device.type == "cuda" and view.dtype == torch.float32 for view in views)
             assert step.embeddings[0].dtype in (torch.bfloat16, torch.float32)
             assert step.loss.device.type == "cuda"
             assert step.loss.dtype == torch.float32
@@ -82,6 +88,21 @@ def planted(hook, wait):
 def test_a_planted_wait_is_found(hook, wait):
     with pytest.raises(WaitError):
         train_on_fake_device(planted(hook, wait))
+
+
+def test_the_engines_but_kornia_do_not_wait_and_a_planted_wait_is_found():
+    method = make(SimCLR)
+    train_on_fake_device(method, augmentation("fast"))
+    with pytest.raises(WaitError):
+        train_on_fake_device(make(SimCLR), augmentation("kornia"))
+
+    class Planted(TwoViews):
+        def forward(self, pixels, key=None, sizes=None):
+            pixels.max().item()
+            return super().forward(pixels, key, sizes)
+
+    with pytest.raises(WaitError):
+        train_on_fake_device(make(SimCLR), augmentation(cls=Planted))
 
 
 def test_a_copy_that_does_not_block_is_accepted():

@@ -297,8 +297,7 @@ def preview(
     loaded = data() if callable(data) else data
     views = augment(**loaded.view_limits())
     rows = torch.linspace(0, len(loaded.pretrain) - 1, min(images, len(loaded.pretrain))).long()
-    pixels = loaded.pretrain[rows].squares(loaded.image_size)
-    path, grid = Path(run_dir) / "views.png", figures.views_grid(pixels, views, pairs, seed)
+    path, grid = Path(run_dir) / "views.png", figures.views_grid(loaded.pretrain[rows], views, pairs, seed)
     write_atomically(path, lambda file: grid.save(file, "PNG"))
     log.info("originals on the left, then %d pairs of views: %s", pairs, path)
     return path

@@ -62,7 +62,7 @@ class Engine:
             Two views, fp32 ``[N, C, S, S]`` each, normalized, in channels_last memory format.
         """
         n, c = pixels.shape[:2]
-        shape = np.tile(pixels.shape[2:], (n, 1)) if sizes is None else sizes.numpy()
+        shape = np.tile(pixels.shape[2:], (n, 1)) if sizes is None else np.array(sizes.tolist())
         draws = Draws.of(self.recipes, shape, seed)
         groups = self.jitter.groups(draws)
         order = groups.argsort(kind="stable")

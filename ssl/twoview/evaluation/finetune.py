@@ -171,8 +171,7 @@ def _train(encoder: Encoder, positions: Tensor, lr: float, how: Supervised) -> E
         epochs = max(settings.epochs, math.ceil(settings.least_steps / steps_per_epoch))
         require_warmup_fits(how.schedule, {f"{epochs} epochs of fine-tuning": epochs})
         for batch, progress, key in shuffled(train, positions, settings.batch_size, epochs, how.seed):
-            squares = encoder.preprocess.squares(batch.pixels, batch.sizes).to(device)
-            view = how.views(squares, key)[0].to(memory_format=torch.channels_last)
+            view = how.views(batch.pixels.to(device), key, batch.sizes)[0].to(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = nn.functional.cross_entropy(network(view).float(), batch.labels.to(device))
             for group in optimizer.param_groups:

@@ -67,8 +67,8 @@ class LinearSGD(Measure):
         views = inputs.views.with_recipe(**{**IDENTITY, **crops}).to(inputs.device)
         everything = torch.arange(len(images))
         for batch, progress, key in shuffled(images, everything, self.sgd_batch_size, self.sgd_epochs, inputs.seed):
-            squares = inputs.encoder.preprocess.squares(batch.pixels, batch.sizes)
-            x = inputs.encoder.apply_network(views(squares.to(inputs.device), key)[0]).cpu()
+            view = views(batch.pixels.to(inputs.device), key, batch.sizes)[0]
+            x = inputs.encoder.apply_network(view).cpu()
             scores = x @ weights + intercepts  # [2 R, B, C]
             each = F.cross_entropy(scores.flatten(0, 1), batch.labels.repeat(len(weights)), reduction="none")
             seen = torch.cat([is_fitted[batch.ids].expand(len(rates), -1), torch.ones(len(rates), len(x))])

@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from twoview.augment import TwoViews
-from twoview.data import fit_size
+from twoview.data import Batch, fit_size
 from twoview.files import read_csv
 
 # Text in SVG files stays text, and equal plots give equal files.
@@ -26,18 +26,18 @@ STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "fon
 THUMBNAIL = 96  # largest height and width of a thumbnail in pixels
 
 
-def views_grid(pixels: Tensor, views: TwoViews, pairs: int, seed: int) -> Image.Image:
-    """Draw a grid with one row for each image: the image, then pairs of its two views.
+def views_grid(batch: Batch, views: TwoViews, pairs: int, seed: int) -> Image.Image:
+    """Draw a grid with one row for each image: its center square, then pairs of its two views.
 
     Args:
-        pixels: uint8 ``[N, C, S, S]``, where S is the size of the views.
+        batch: the images.
         views: the augmentation.
         pairs: number of pairs of views in a row.
         seed: seed of the views.
     """
-    columns = [pixels]
+    columns = [batch.squares(views.image_size)]
     for i in range(pairs):
-        for view in views(pixels, key=(seed, i)):
+        for view in views(batch.pixels, key=(seed, i), sizes=batch.sizes):
             restored = view * views.std + views.mean
             columns.append((restored * 255).round().clamp(0, 255).to(torch.uint8))
     return as_image(torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2))

@@ -150,7 +150,9 @@ def _figures(report: Report, evidence: Evidence, images: ImageData, views: TwoVi
         source = figures.feature_map(evidence.test[some], test.labels[some], classes, kind, seed)
         found.append(Figure("Map of the features", source, f"{len(some):,} test images."))
     size = report["backbone"]["image_size"]
-    grid = figures.views_grid(test[some[:6].tolist()].squares(size).cpu(), views.cpu(), 4, seed)
+    batch = test[some[:6].tolist()]
+    squares = batch._replace(pixels=batch.squares(size).cpu(), sizes=None)
+    grid = figures.views_grid(squares, views.cpu(), 4, seed)
     scale = max(1, 64 // size)
     grid = grid.resize((grid.width * scale, grid.height * scale), 0)
     note = "Test images on the left, then four pairs of the views whose alignment is measured."

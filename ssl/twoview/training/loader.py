@@ -102,7 +102,8 @@ class Prefetcher:
     def _next(self, batches: Iterator[Batch], stream: torch.cuda.Stream | None) -> Batch | None:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             batch = next(batches, None)
-            return None if batch is None else move_data_to_device(batch, self.device)
+            # The sizes stay on the host, where the random crops are drawn.
+            return batch and move_data_to_device(batch._replace(sizes=None), self.device)._replace(sizes=batch.sizes)
 
 
 class PretrainingData(L.LightningDataModule):

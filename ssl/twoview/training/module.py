@@ -91,14 +91,15 @@ class Pretraining(L.LightningModule):
         """Seed, batch counter and rank, which determine all random draws of a batch."""
         return self.card.seed, batches_started(self.trainer), self.global_rank
 
-    def views(self, pixels: Tensor) -> list[Tensor]:
-        """Compute the views of uint8 images ``[N, C, H, W]``, in channels_last memory format."""
-        return [view.to(memory_format=torch.channels_last) for view in self.augment(pixels, key=self.key)]
+    def views(self, batch: Batch) -> list[Tensor]:
+        """Compute the views of a batch, in channels_last memory format."""
+        views = self.augment(batch.pixels, key=self.key, sizes=batch.sizes)
+        return [view.to(memory_format=torch.channels_last) for view in views]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute views, outputs of the networks, and the loss."""
         self.no_update = self.no_update or not self.method.ready
-        views = self.views(batch.pixels)
+        views = self.views(batch)
         torch.manual_seed(derive_seed((*self.key, 1)))  # a resumed run has the same dropout
         # Buffers such as BatchNorm statistics are restored if the batch is skipped. Queues do not change before that.
         modules = [m for m in self.method.modules() if self.skip_nonfinite and not isinstance(m, NegativeQueue)]
