@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 CHUNK = 256  # largest number of images that a worker returns at a time
 CHUNK_BYTES = 2**23  # largest size in bytes of the pixels that a worker returns at a time
-ARRAYS = ("sizes", "statistics")
 Broken = list[tuple[str, str]]  # name of each image that cannot be read, and the reason
 
 
@@ -36,7 +35,6 @@ class _Chunk(NamedTuple):
     pixels: np.ndarray | None
     sizes: np.ndarray
     statistics: np.ndarray
-    readable: list[int]
     unreadable: list[int]
     reasons: list[str]
     kinds: Counter[str]
@@ -53,7 +51,7 @@ class _Scan(Dataset[_Chunk]):
 
     def __getitem__(self, positions: Any) -> _Chunk:
         images, decoded = self.images, list[Tensor]()
-        readable, unreadable, reasons = list[int](), list[int](), list[str]()
+        unreadable, reasons = list[int](), list[str]()
         kinds, shapes = Counter[str](), set[Shape]()
         for position in torch.as_tensor(positions).tolist():
             try:
@@ -66,66 +64,68 @@ class _Scan(Dataset[_Chunk]):
                 reasons.append(f"{type(error).__name__}: {error}")
             else:
                 decoded.append(one)
-                readable.append(position)
                 shapes.add(shape)
                 kinds["packed" if isinstance(item, bytes) else Path(item).suffix.lower()] += 1
         side = max((max(image.shape[1:]) for image in decoded), default=1)
         pixels, sizes = on_canvases(decoded, images.channels, side)
         statistics = image_statistics(pixels, sizes).numpy()
         kept = pixels.numpy() if self.keep else None
-        return _Chunk(kept, sizes.numpy(), statistics, readable, unreadable, reasons, kinds, shapes)
+        return _Chunk(kept, sizes.numpy(), statistics, unreadable, reasons, kinds, shapes)
 
 
 class _Found:
-    """What all chunks have in common, without their pixels."""
+    """Everything about the images but their pixels. Arrays are allocated once, since many would fragment the memory."""
 
     def __init__(self, images: LazyImages) -> None:
-        self.images, self.chunks = images, list[_Chunk]()
+        n = len(images)
+        self.images, self.readable = images, 0
+        self.sizes = torch.empty(n, 2, dtype=torch.int64)
+        self.statistics = torch.empty(n, 3, images.channels, dtype=torch.float64)
+        self.unreadable, self.reasons = list[int](), list[str]()
+        self.kinds, self.shapes = Counter[str](), set[Shape]()
 
     def add(self, chunk: _Chunk) -> None:
-        self.chunks.append(chunk._replace(pixels=None))
+        start, self.readable = self.readable, self.readable + len(chunk.sizes)
+        self.sizes[start : self.readable] = torch.from_numpy(chunk.sizes)
+        self.statistics[start : self.readable] = torch.from_numpy(chunk.statistics)
+        self.unreadable += chunk.unreadable
+        self.reasons += chunk.reasons
+        self.kinds += chunk.kinds
+        self.shapes |= chunk.shapes
 
     def fill(self, chunks: Iterable[_Chunk], canvases: GrowingCanvases) -> None:
         """Take chunks, and write their pixels."""
         for chunk in chunks:
             self.add(chunk)
-            if chunk.readable:
+            if len(chunk.sizes):
                 assert chunk.pixels is not None
                 canvases.add(torch.from_numpy(chunk.pixels))
 
     def check(self, max_broken: float, knob: str) -> None:
         """Check that all images have been read, and raise :class:`UserError` if too many cannot be."""
-        read = sum(len(chunk.readable) + len(chunk.unreadable) for chunk in self.chunks)
-        if read != len(self.images):
-            raise RuntimeError(f"{knob}: {len(self.images) - read} images were lost by a loader process")
-        _check_broken(self.images, *self.unreadable(), max_broken, knob)
-
-    def unreadable(self) -> tuple[list[int], list[str]]:
-        """Positions of the images that cannot be read, and the reasons."""
-        positions = [position for chunk in self.chunks for position in chunk.unreadable]
-        return positions, [reason for chunk in self.chunks for reason in chunk.reasons]
+        lost = len(self.images) - self.readable - len(self.unreadable)
+        if lost:
+            raise RuntimeError(f"{knob}: {lost} images were lost by a loader process")
+        _check_broken(self.images, self.unreadable, self.reasons, max_broken, knob)
 
     def contents(self) -> Contents:
         """Description of all images, at least one of which is readable."""
-        joined = {name: np.concatenate([getattr(chunk, name) for chunk in self.chunks]) for name in ARRAYS}
-        sizes, statistics = torch.from_numpy(joined["sizes"]), torch.from_numpy(joined["statistics"])
-        positions, reasons = self.unreadable()
+        sizes, statistics = self.sizes[: self.readable], self.statistics[: self.readable]
         side, full = int(sizes.max()), int(sizes.min()) == int(sizes.max())
-        return Contents(side, None if full else sizes, statistics, torch.tensor(positions, dtype=torch.int64), reasons)
+        unreadable = torch.tensor(self.unreadable, dtype=torch.int64)
+        return Contents(side, None if full else sizes, statistics, unreadable, self.reasons)
 
     def log(self, knob: str) -> None:
         """Describe the images."""
-        kinds = sum((chunk.kinds for chunk in self.chunks), Counter[str]())
-        shapes = set[Shape]().union(*(chunk.shapes for chunk in self.chunks))
-        heights, widths, channels = (sorted(set(values)) for values in zip(*shapes, strict=True))
+        heights, widths, channels = (sorted(set(values)) for values in zip(*self.shapes, strict=True))
         high, wide = (str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in (heights, widths))
         sizes = f"{high} pixels high and {wide} wide, {' or '.join(map(str, channels))} channels"
-        broken = sum(len(chunk.unreadable) for chunk in self.chunks)
-        found = f"{kinds.total():,} images ({', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())})"
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
         labels = self.images.labels
         known = len(labels[labels >= 0].unique())
         classes = f"{known} classes" if known else "no labels"
-        log.info("data: %s has %s, %s, %s; %d broken files", knob, found, sizes, classes, broken)
+        found = f"{self.readable:,} images ({kinds})"
+        log.info("data: %s has %s, %s, %s; %d broken files", knob, found, sizes, classes, len(self.unreadable))
 
 
 class _Names(Sequence[str]):
