@@ -17,29 +17,49 @@ from twoview.reporting import record
 def median_seconds(cases: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, float]:
     """Call all functions in turn, ``repeats`` times after ``warm_up`` calls, and return the median seconds of each.
 
-    Interleaving spreads a slow phase of the machine over all functions. A call ends when the GPU has finished.
+    Interleaving spreads a slow phase of the machine over all functions. A call ends when the GPU has finished. A
+    function that returns a float has measured its seconds itself, to leave out its preparations.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warm_up + repeats):
         for name, call in cases.items():
             start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            result = call()
+            wait_for_gpu()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(result if isinstance(result, float) else time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def rates(setting: str, cases: Mapping[str, Callable[[], Any]], items: int, repeats: int) -> list[dict[str, Any]]:
+def wait_for_gpu() -> None:
+    """Wait until the GPU has finished all work, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rates(
+    setting: str,
+    cases: Mapping[str, Callable[[], Any]],
+    items: int,
+    repeats: int,
+    references: Sequence[str] | None = None,
+    warm_up: int = 1,
+) -> list[dict[str, Any]]:
     """Time the functions, which process ``items`` each, and return one row for each; prints each row.
 
-    A row has the setting, the name, the items per second, and the ratio to the last function, the reference.
+    A row has the setting, the name, the items per second, and the ratio to the fastest function among ``references``,
+    by default the last function. The ratio is None without a reference.
     """
-    medians = median_seconds(cases, repeats)
-    reference = list(medians.values())[-1]
+    medians = median_seconds(cases, repeats, warm_up)
+    names = list(medians)[-1:] if references is None else references
+    reference = min((medians[name] for name in names), default=None)
     rows = [
-        {"setting": setting, "name": name, "per_second": items / value, "ratio": reference / value}
+        {
+            "setting": setting,
+            "name": name,
+            "per_second": items / value,
+            "ratio": None if reference is None else reference / value,
+        }
         for name, value in medians.items()
     ]
     for row in rows:
@@ -49,11 +69,15 @@ def rates(setting: str, cases: Mapping[str, Callable[[], Any]], items: int, repe
 
 def table_row(row: Mapping[str, Any]) -> str:
     """Return a row as a line of a Markdown table."""
-    return f"| {row['setting']} | {row['name']} | {row['per_second']:,.0f} | {row['ratio']:.2f} |"
+    speed, ratio = row["per_second"], row["ratio"]
+    shown = f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+    return f"| {row['setting']} | {row['name']} | {shown} | {'-' if ratio is None else f'{ratio:.2f}'} |"
 
 
-def begin(title: str, unit: str, extra_packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Print the head of the table, and return the provenance: command, commit, versions and hardware."""
+def begin(
+    title: str, unit: str, extra_packages: Sequence[str] = (), reference: str = "the last", **facts: Any
+) -> dict[str, Any]:
+    """Print the head of the table, and return the provenance: command, commit, versions, hardware and ``facts``."""
     from importlib.metadata import PackageNotFoundError, version
 
     known = record.begin("benchmark", "", {}, "", 0, Path())
@@ -63,9 +87,10 @@ def begin(title: str, unit: str, extra_packages: Sequence[str] = ()) -> dict[str
             found["versions"][package] = version(package)
         except PackageNotFoundError:
             found["versions"][package] = None
+    found |= facts
     print(f"{title}\n", file=sys.stderr)
     print("\n".join(f"* {key}: {value}" for key, value in found.items()))
-    print(f"\n| setting | implementation | {unit} | ratio to the last |\n|---|---|---|---|", flush=True)
+    print(f"\n| setting | implementation | {unit} | ratio to {reference} |\n|---|---|---|---|", flush=True)
     return found
 
 
