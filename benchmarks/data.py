@@ -5,13 +5,14 @@
 
 The files are those of ``--photos``, or 512 files of 500x375 pixels that are written to a temporary folder. A batch has
 two views of 224x224 pixels of each of 32 images, with the augmentation of SimCLR. twoview decodes the files in every
-epoch, or holds the decoded images in memory; these are decoded before the time is taken. torchvision's transforms of
-version 1 and lightly's transform are applied image by image in the loader, to images that the loader of torchvision's
-ImageFolder or LightlyDataset decode. A number of workers is the number of loader processes. The ratio is to the fastest
-row of another library. lightly is not a dependency of twoview, and is left out if it is not installed.
+epoch, or holds the decoded images in memory or in a file; these are decoded before the time is taken. torchvision's
+transforms of version 1 and lightly's transform are applied image by image in the loader, to images that the loader of
+torchvision's ImageFolder or LightlyDataset decode. A number of workers is the number of loader processes. The ratio is
+to the fastest row of another library. lightly is not a dependency of twoview, and is left out if it is not installed.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,8 @@ SETTING = Setting("224 px, batch 32", "simclr", 224, 32, small_stem=False, blur_
 # Ways in which twoview reads files: options of twoview.data.folder. One entry is one row.
 FILES: dict[str, dict[str, Any]] = {
     "held in memory": {"memory": "1TB"},
-    **{f"decoded in every epoch, {n} workers": {"memory": 0, "num_workers": n} for n in WORKERS},
+    "decoded to a file, 0 workers": {"memory": 0, "num_workers": 0},
+    **{f"decoded in every epoch, {n} workers": {"memory": 0, "cache": False, "num_workers": n} for n in WORKERS},
 }
 Case = Callable[[], float]
 
@@ -59,7 +61,7 @@ def ours(photos: Photos, options: dict[str, Any], setting: Setting, steps: int) 
     counter = iter(range(10**9))
 
     def step(batch: Batch) -> None:
-        augment(batch.pixels.to(device), key=(0, next(counter)))
+        augment(batch.pixels.to(device), key=(0, next(counter)), sizes=batch.sizes)
 
     def run() -> float:
         order = BatchOrder(len(images), setting.batch, 0, lambda: 0, blocks=images.blocks)
@@ -110,6 +112,7 @@ def main() -> None:
     repeats = 1 if given.smoke else given.repeats
     left_out = missing("lightly")
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch  # where twoview puts files of decoded images
         needed = setting.batch * (1 + given.steps + 2 * max(WORKERS))
         photos = Photos(given.photos, scratch, needed, 16 if given.smoke else 512)
         packages = ["lightly", "torchvision", "Pillow"]

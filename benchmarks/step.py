@@ -66,7 +66,7 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 # Ways in which twoview reads files: options of twoview.data.folder. One entry is one row for each precision.
 FILES: dict[str, dict[str, Any]] = {
-    "decoded in every epoch": {"memory": 0},
+    "decoded in every epoch": {"memory": 0, "cache": False},
     "held in memory": {"memory": "1TB"},
 }
 PREFETCHED = 2 * max(*WORKERS, os.cpu_count() or 1)  # batches, so that no loader process is idle before the last step
