@@ -196,7 +196,8 @@ def load_splits(
 def _cache(settings: LoadSettings, images: LazyImages) -> DiskCache | None:
     """Where the images are decoded to if they do not fit in memory; None to decode them in every epoch."""
     folder, fingerprint = settings.cache_folder, getattr(images.source, "fingerprint", lambda: None)
-    key = None if folder is None else fingerprint()
+    possible = folder is not None and hasattr(os, "pread")  # not on Windows
+    key = fingerprint() if possible else None
     return None if folder is None or key is None else DiskCache(folder, key, len(images), images.channels, images.size)
 
 
