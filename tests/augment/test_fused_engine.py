@@ -96,9 +96,12 @@ def test_grayscale_blur_and_solarize_are_torchvisions():
     views = colors()
     assert_close(luma(views), TF.rgb_to_grayscale(views))
     sigmas = torch.linspace(0.1, 2.0, len(views))
-    blurred = gaussian_blur(views, sigmas, 9)
+    blurred = gaussian_blur(views, sigmas, 9, 2.0)
     expected = torch.stack([TF.gaussian_blur(v, [9, 9], [s, s]) for v, s in zip(views, sigmas.tolist(), strict=True)])
     assert_close(blurred, expected, atol=1e-6, rtol=0)
+    small = torch.full((len(views),), 0.6)  # not all of the kernel is used
+    expected = torch.stack([TF.gaussian_blur(view, [9, 9], [0.6, 0.6]) for view in views])
+    assert_close(gaussian_blur(views, small, 9, 0.6), expected, atol=2e-6, rtol=0)
     assert_close(solarize(views), TF.solarize(views, 0.5))
 
 

@@ -1,5 +1,7 @@
 """Evaluations of whole images use their center squares, and nothing beside them."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from PIL import Image
@@ -43,11 +45,11 @@ def encoder():
     return load("random:test_resnet", SIZE).with_card(mean=(0.5,) * 3, std=(0.3,) * 3, resize_size=SIZE)
 
 
-PARTS = ["linear", "knn", "linear_sgd", "few_labels", "retrieval", "clustering", "geometry", "invariance", "integrity"]
+PARTS = ["linear", "knn", "few_labels", "retrieval", "clustering", "geometry", "invariance", "integrity"]
 
 
 def test_every_measure_is_that_of_the_center_squares(encoder, tmp_path):
-    knobs = {"sgd_epochs": 2, "sgd_batch_size": 16, "labels_per_class": (5,), "label_shares": (0.2,), "draws": 2}
+    knobs = {"labels_per_class": (5,), "label_shares": (0.2,), "draws": 2}
     settings = EvaluationSettings.from_knobs(PARTS, l2=(1e-2,), k=(1,), bootstrap=100, baselines=False, **knobs)
     found = {}
     for whole in (False, True):
@@ -59,10 +61,29 @@ def test_every_measure_is_that_of_the_center_squares(encoder, tmp_path):
     assert found[True]["integrity"]["shared"] == {"train": {"exact": 0, "near": 0}}
 
 
-def test_fine_tuning_is_that_of_the_center_squares(encoder, tmp_path):
-    settings = FineTuning(epochs=1, least_steps=2, batch_size=16, learning_rates=[1e-3], supervised=False)
-    one, other = (runs.finetune(encoder, data(w), settings=settings, run_dir=tmp_path / str(w)) for w in (False, True))
-    assert one["results"] == other["results"]
+class Recorded(TwoViews):
+    """Records the sizes of the images from which crops are drawn."""
+
+    sizes: ClassVar = []
+
+    def forward(self, pixels, key=None, sizes=None):
+        self.sizes.append(None if sizes is None else sizes.max(0).values.tolist())
+        return super().forward(pixels, key, sizes)
+
+
+def test_random_crops_of_labeled_training_are_drawn_from_the_whole_images(encoder, tmp_path):
+    tuning = FineTuning(epochs=1, least_steps=2, batch_size=16, learning_rates=[1e-3], supervised=False)
+    probe = EvaluationSettings.from_knobs(
+        ["linear_sgd"], sgd_epochs=1, sgd_batch_size=16, bootstrap=10, baselines=False
+    )
+    for whole, expected in ((False, None), (True, [29, 31])):
+        Recorded.sizes.clear()
+        runs.finetune(encoder, data(whole), Recorded, settings=tuning, run_dir=tmp_path / f"{whole} finetune")
+        tuned = len(Recorded.sizes)
+        runs.evaluate(encoder, data(whole), probe, Recorded, run_dir=tmp_path / f"{whole} probe")
+        assert tuned > 0
+        assert all(sizes == expected for sizes in Recorded.sizes[:tuned])
+        assert expected in Recorded.sizes[tuned:]  # the report shows views of center squares too
 
 
 def test_raw_pixels_are_those_of_the_center_squares():

@@ -78,8 +78,8 @@ def test_a_checkpoint_of_a_method_without_negatives_is_resumed_exactly(byol, tmp
 class ThreeViews(TwoViews):
     """Two views, and a third one of other draws."""
 
-    def forward(self, pixels, key=None):
-        return *super().forward(pixels, key), super().forward(pixels, (*key, 3))[0]
+    def forward(self, pixels, key=None, sizes=None):
+        return *super().forward(pixels, key, sizes), super().forward(pixels, (*key, 3), sizes)[0]
 
 
 class ThreeViewSimCLR(SimCLR):

@@ -25,7 +25,7 @@ from twoview.augment import TwoViews
 from twoview.training import TrainerSettings
 
 class Recorded(TwoViews):
-    def forward(self, pixels, key=None):
+    def forward(self, pixels, key=None, sizes=None):
         # The same image on every rank: only the draws can differ.
         same = super().forward(pixels[:1] * 0 + 128 + self.ramp, key=key)
         with (Path({folder!r}) / os.environ["RANK"]).open("a") as file:

@@ -31,7 +31,7 @@ LONGER = replace(TRAINER, max_epochs=4)
 def data(workers=0):
     images = short_data(batch_size=128)
     images.pretrain = images.pretrain.subset(torch.arange(650))
-    images.pretrain.num_workers = workers
+    images.pretrain.loaders = workers
     return images
 
 

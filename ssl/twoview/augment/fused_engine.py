@@ -79,7 +79,8 @@ class Engine:
             view = self.crop(pixels, draws, block.rows, images, values).div_(255)
             view = self.jitter(view, values[:, 6:], block.group, grays)
             if len(blurred):
-                soft = gaussian_blur(view[blurred], values[blurred, 5], blur_kernel(self.size))
+                largest = float(draws.sigmas[block.rows].max())
+                soft = gaussian_blur(view[blurred], values[blurred, 5], blur_kernel(self.size), largest)
                 view.index_copy_(0, blurred, soft)
             if len(solarized):
                 view.index_copy_(0, solarized, solarize(view[solarized]))

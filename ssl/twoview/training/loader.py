@@ -102,8 +102,10 @@ class Prefetcher:
     def _next(self, batches: Iterator[Batch], stream: torch.cuda.Stream | None) -> Batch | None:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             batch = next(batches, None)
-            # The sizes stay on the host, where the random crops are drawn.
-            return batch and move_data_to_device(batch._replace(sizes=None), self.device)._replace(sizes=batch.sizes)
+            if batch is None:
+                return None
+            moved: Batch = move_data_to_device(batch._replace(sizes=None), self.device)
+            return moved._replace(sizes=batch.sizes)  # on the host, where the random crops are drawn
 
 
 class PretrainingData(L.LightningDataModule):
