@@ -74,7 +74,7 @@ class Recorded(TwoViews):
 def test_random_crops_of_labeled_training_are_drawn_from_the_whole_images(encoder, tmp_path):
     tuning = FineTuning(epochs=1, least_steps=2, batch_size=16, learning_rates=[1e-3], supervised=False)
     probe = EvaluationSettings.from_knobs(
-        ["linear_sgd"], sgd_epochs=1, sgd_batch_size=16, bootstrap=10, baselines=False
+        ["linear_sgd"], sgd_epochs=1, sgd_batch_size=16, bootstrap=100, baselines=False
     )
     for whole, expected in ((False, None), (True, [29, 31])):
         Recorded.sizes.clear()

@@ -104,8 +104,8 @@ class Prefetcher:
             batch = next(batches, None)
             if batch is None:
                 return None
-            moved: Batch = move_data_to_device(batch._replace(sizes=None), self.device)
-            return moved._replace(sizes=batch.sizes)  # on the host, where the random crops are drawn
+            pixels, ids, labels = move_data_to_device(batch[:3], self.device)
+            return Batch(pixels, ids, labels, batch.sizes)  # sizes on the host, where the random crops are drawn
 
 
 class PretrainingData(L.LightningDataModule):
