@@ -56,7 +56,7 @@ def started(code):
 
 # Code of the process of each rank but 0, a signal that is sent to it, and what is said.
 LOST = {
-    "killed": (["input()", "raise SystemExit"], signal.SIGKILL, "rank 1 was killed by SIGKILL"),
+    "killed": (["import time; time.sleep(60)", "raise SystemExit"], signal.SIGKILL, "rank 1 was killed by SIGKILL"),
     "stopped": (["import time; time.sleep(60)"], signal.SIGSTOP, r"rank 1 was stopped by a signal \(process \d+\)"),
     "failed": (["raise SystemExit(3)"], 0, "rank 1 ended with exit code 3"),
     "silent": (["import time; time.sleep(60)"], 0, "another process did not answer within trainer.timeout"),
