@@ -1,10 +1,8 @@
 """Processes of a run that are killed, stopped or fail, and what several processes log."""
 
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ import torch
 from commands import environment
 from data.image_files import load, make_folder
 from short_runs import CPU, RECIPE
-from torch import distributed as dist
+from two_ranks import on_two_ranks
 
 from twoview.data import fake
 from twoview.errors import UserError
@@ -98,23 +96,12 @@ def step(rank, world):
     return Step(rows.mean(), rows, (rows + 1, rows - 1), {"top1": rows[:, 0].mean()}, chance=float(rows[:, 1].mean()))
 
 
-def log_rank(rank, port, queue):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    queue.put(training_logger.figures(step(rank, 2)))
-    dist.destroy_process_group()
+def log_rank(rank):
+    return training_logger.figures(step(rank, 2))
 
 
 def test_logged_figures_are_those_of_all_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=log_rank, args=(rank, port, queue), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    first, second = queue.get(timeout=20), queue.get(timeout=20)
+    first, second = on_two_ranks(log_rank, timeout=20)
     assert first == second
     assert first == pytest.approx(training_logger.figures(step(0, 1)), abs=1e-6)
 

@@ -1,16 +1,13 @@
 """Losses and weights that are not finite."""
 
 import json
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from short_runs import CPU, RECIPE, pretrain, short_data
-from torch import distributed as dist
+from two_ranks import on_two_ranks
 
 from twoview.encoder import read_checkpoint
 from twoview.errors import UserError
@@ -103,27 +100,16 @@ def test_losses_are_read_before_every_save(tmp_path):
     assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
-def read_on(rank, port, results):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def read_on(rank):
     check = LossCheck(every=3)
     for step, losses in enumerate([(1.0, 2.0), (3.0, float("inf")), (float("nan"), 4.0)]):
         check.add(BatchLoss(step, torch.tensor(losses[rank]), torch.tensor([10 * step + rank])))
     found = check.first_not_finite()
-    results.put((found.step, float(found.loss), found.ids.tolist()))
-    dist.destroy_process_group()
+    return found.step, float(found.loss), found.ids.tolist()
 
 
 def test_all_ranks_find_the_same_batch():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=read_on, args=(rank, port, results), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    assert sorted(results.get(timeout=30) for _ in processes) == [(1, 3.0, [10]), (1, float("inf"), [11])]
+    assert sorted(on_two_ranks(read_on, timeout=30)) == [(1, 3.0, [10]), (1, float("inf"), [11])]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
