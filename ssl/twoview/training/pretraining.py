@@ -101,7 +101,7 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     signals, logger = callbacks.SignalHandler(save), callbacks.TrainingLogger(settings.log_every)
     check = _feature_check(encoder, images, holdout, save, settings.check_every)
     limit = [callbacks.TimeLimit(settings.seconds)] if settings.seconds is not None else []
-    hooks = [logger, check, save, signals, callbacks.ProgressBar(logger), *limit]
+    hooks = [logger, check, save, signals, callbacks.ProgressBar(logger), callbacks.KeepMemory(), *limit]
     trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
     _check_devices(trainer, method, images)
     _check_warmup(recipe, settings, images)
