@@ -23,7 +23,7 @@ from augment import torchvision_transform
 from other_libraries import WORKERS, Setting, lightly_transform, loader, missing
 from photos import Photos, Pictures
 from side_by_side import begin, rates, save
-from stopwatch import seconds_of_steps
+from stopwatch import WARM_UP, seconds_of_steps
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this; without rows there is no ratio")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8, help="batches in a repeat, after one whose time is not taken")
+    parser.add_argument("--steps", type=int, default=8, help="batches in a repeat, after two whose time is not taken")
     parser.add_argument("--photos", help="folder of JPEG files")
     parser.add_argument("--smoke", action="store_true", help="one repeat of batches of 4 images")
     parser.add_argument("--json", help="file for the table as JSON")
@@ -113,7 +113,7 @@ def main() -> None:
     left_out = missing("lightly")
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = scratch  # where twoview puts files of decoded images
-        needed = setting.batch * (1 + given.steps + 2 * max(WORKERS))
+        needed = setting.batch * (WARM_UP + given.steps + 2 * max(WORKERS))
         photos = Photos(given.photos, scratch, needed, 16 if given.smoke else 512)
         packages = ["lightly", "torchvision", "Pillow"]
         title = f"Images per second from JPEG files to two views, {repeats} repeats of {given.steps} batches"

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stopwatch import Stopwatch, seconds_of_steps
+from stopwatch import WARM_UP, Stopwatch, seconds_of_steps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -241,7 +241,7 @@ def stable_pretraining(setting: Setting, dataset: Dataset, workers: int, steps: 
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = L.Trainer(max_steps=steps + 1, devices=1, callbacks=[watch], **quiet)
+            trainer = L.Trainer(max_steps=WARM_UP + steps, devices=1, callbacks=[watch], **quiet)
             trainer.fit(module, datamodule=spt.data.DataModule(train=loader(views, setting, workers)))
         return watch.seconds
 

@@ -30,7 +30,7 @@ import torch
 from other_libraries import WORKERS, Setting, missing
 from photos import Photos, Pictures, random_pixels
 from side_by_side import begin, rates, save
-from stopwatch import Stopwatch
+from stopwatch import WARM_UP, Stopwatch
 from torchvision.transforms import functional as TF
 
 from twoview.augment import TwoViews
@@ -90,7 +90,7 @@ class Sizes:
 
     def needed(self, setting: Setting) -> int:
         """Number of images that a repeat needs."""
-        return setting.batch * (1 + self.steps + PREFETCHED)
+        return setting.batch * (WARM_UP + self.steps + PREFETCHED)
 
 
 class Images:
@@ -139,7 +139,7 @@ def twoview(setting: Setting, sizes: Sizes, data: ImageData, precision: str) -> 
         backbone=network_of(setting, sizes),
         augment=partial(TwoViews, **VIEWS[setting.method], blur_p=setting.blur_p),
     )
-    trainer = TrainerSettings(max_epochs=None, max_steps=1 + sizes.steps, precision=precision, check_every=0)
+    trainer = TrainerSettings(max_epochs=None, max_steps=WARM_UP + sizes.steps, precision=precision, check_every=0)
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as run_dir:
@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="settings whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps in a repeat, after one whose time is not taken")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a repeat, after two whose time is not taken")
     parser.add_argument("--photos", help="folder of JPEG files")
     parser.add_argument("--smoke", action="store_true", help="one repeat of 4 images, twoview with a tiny network")
     parser.add_argument("--json", help="file for the table as JSON")
