@@ -20,9 +20,8 @@ from omegaconf import OmegaConf
 from twoview.augment import TwoViews, ViewRecipe
 from twoview.data.splits import LoadSettings
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
-from twoview.losses import info_nce_rows
 from twoview.training.settings import Recipe
-from twoview.variants import VariantParameters
+from twoview.variants import LossOptions, check_loss_arguments
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = {
@@ -48,7 +47,7 @@ REQUIRED = inspect.Parameter.empty
 # Where a function takes further knobs as keyword arguments: what names them.
 FURTHER = {"twoview.augment.TwoViews": ViewRecipe, "twoview.data.folder": LoadSettings}
 FURTHER |= dict.fromkeys(("twoview.data.parquet", "twoview.data.webdataset"), LoadSettings)
-FURTHER |= dict.fromkeys(("twoview.methods.SimCLR", "twoview.methods.MoCo"), VariantParameters)
+FURTHER |= dict.fromkeys(("twoview.methods.SimCLR", "twoview.methods.MoCo"), LossOptions)
 
 
 def read(path):
@@ -92,9 +91,9 @@ def defaults_of(target):
             knobs |= own
         del knobs["measures"], knobs["batch_norm"]
     further = FURTHER.get(target)
-    if further is VariantParameters:
-        rows = inspect.signature(info_nce_rows).parameters
-        return knobs | {name: rows[name].default for name in VariantParameters.__annotations__}
+    if further is LossOptions:
+        rows = inspect.signature(check_loss_arguments).parameters
+        return knobs | {name: rows[name].default for name in LossOptions.__annotations__}
     return knobs | ({field.name: field.default for field in fields(further)} if further else {})
 
 

@@ -13,7 +13,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 # From the top of the table in the README: a layer imports only the layers before it, and itself.
 LAYERS = {
-    "arithmetic": {"losses", "variants", "schedules", "metrics"},
+    "arithmetic": {"losses", "streaming", "variants", "schedules", "metrics"},
     "parts": {
         *("backbones", "heads", "momentum", "negatives", "distributed", "optim", "augment", "data"),
         *("files", "torch_files", "devices"),
@@ -34,6 +34,7 @@ EVERYWHERE = {"errors", "__version__"}
 
 LIBRARIES = {
     "losses": {"torch"},
+    "streaming": {"torch"},
     "variants": set(),
     "schedules": set(),
     "metrics": {"torch"},

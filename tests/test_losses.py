@@ -9,7 +9,6 @@ from twoview.losses import (
     chance_level,
     clip_loss,
     info_nce,
-    info_nce_rows,
     l2_normalize,
     moco_v3_loss,
     nt_xent,
@@ -145,13 +144,6 @@ def test_value_and_gradient_are_finite(variant, temperature, dtype):
     assert z_b.grad.isfinite().all()
 
 
-# The weight of "dclw" is detached.
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "dclw"])
-def test_gradient_is_the_derivative(variant):
-    z_a, z_b = (z.requires_grad_() for z in pair(4, 3))
-    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.3, variant=variant), (z_a, z_b))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_without_negatives_has_no_loss_and_no_gradient(variant):
     z_a, z_b = (z.requires_grad_() for z in pair(3, 4))
@@ -220,7 +212,7 @@ def test_arguments_out_of_range_are_named(knobs):
     with pytest.raises(ValueError, match=f"^{name}={value}: "):
         check_loss_arguments(**{"temperature": 0.1} | knobs)
     with pytest.raises(ValueError, match=f"^{name}={value}: "):
-        info_nce_rows(torch.ones(2), torch.ones(2, 0), torch.ones(2, 0).bool(), **{"temperature": 0.1} | knobs)
+        info_nce(*pair(2, 3), torch.ones(0, 3), **{"temperature": 0.1} | knobs)
 
 
 def test_chance_level_is_the_loss_of_uninformative_embeddings():
@@ -312,7 +304,7 @@ def test_other_losses_refuse_wrong_shapes_and_temperatures():
     a, b = pair(4, 3)
     with pytest.raises(ValueError, match="batch_nce needs two"):
         batch_nce(a, b[:3], 0.1)
-    with pytest.raises(ValueError, match="sup_con needs two"):
+    with pytest.raises(ValueError, match="sup_con needs labels"):
         sup_con(a, b, torch.arange(3), 0.1)
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature"):

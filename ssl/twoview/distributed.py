@@ -1,6 +1,6 @@
-"""All-gather with gradient; a no-op in a single process."""
+"""Collective operations with gradient; no-ops in a single process."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed as dist
@@ -38,6 +38,33 @@ def gather(x: Tensor) -> Tensor:
     return x if rank_and_world()[1] == 1 else _Gather.apply(x)
 
 
+def own_rows() -> slice:
+    """Return the rows of a gathered tensor that belong to this rank, in their order.
+
+    Example:
+        >>> gather(torch.arange(3))[own_rows()]
+        tensor([0, 1, 2])
+    """
+    rank, world = rank_and_world()
+    return slice(rank, None, world)
+
+
+def mean_over_ranks(loss: Tensor) -> Tensor:
+    """Return the mean of the losses of all ranks, whose gradient is that of the loss of this rank.
+
+    Where each rank computes the mean loss of :func:`own_rows` of gathered embeddings, DistributedDataParallel averages
+    these gradients to that of the mean loss.
+
+    Args:
+        loss: scalar.
+
+    Example:
+        >>> mean_over_ranks(torch.tensor(2.0))
+        tensor(2.)
+    """
+    return loss if rank_and_world()[1] == 1 else cast(Tensor, _Mean.apply(loss))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -50,3 +77,15 @@ class _Gather(torch.autograd.Function):
         summed = gradient.contiguous().clone()
         dist.all_reduce(summed)
         return summed[dist.get_rank() :: dist.get_world_size()]
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        total = loss.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient

@@ -1,17 +1,36 @@
 """Contrastive losses as pure functions of embeddings.
 
-Suffixes of names are shapes: N images or queries, D embedding size, K stored negatives, M columns of a similarity
-matrix. Embeddings are L2-normalized. Losses are means over rows, computed in at least fp32 without autocast; values and
-gradients are finite for temperatures >= 1e-3, also if an embedding is zero.
+Suffixes of names are shapes: N images or queries, D embedding size, K stored negatives. Embeddings are L2-normalized.
+Losses are means over rows, computed in at least fp32 without autocast; values and gradients are finite for temperatures
+>= 1e-3, also if an embedding is zero. All losses use :func:`twoview.streaming.mean_loss`: their memory is linear in the
+numbers of images and negatives, and they have no second derivative.
+
+Variants of the loss of a row: s+ is the logit of its positive and s- are the logits of its n negatives. A logit is a
+cosine similarity / temperature.
+
+* "infonce": ``-s+ + log(exp s+ + sum exp s-)``.
+* "dcl": ``-s+ + log(sum exp s-)``; decoupled contrastive loss, Yeh et al. 2022, arXiv:2110.06848, eq. 6.
+* "dclw": ``-w s+ + log(sum exp s-)`` with the weight ``w = 2 - exp(p / sigma) / mean exp(p / sigma)``. p is the
+  similarity to the positive, and the mean is taken over the batch; Yeh et al., eq. 7.
+* "debiased": ``-s+ + log(exp s+ + n max(g, exp(-1 / temperature)))`` with
+  ``g = (mean exp s- - tau_plus exp s+) / (1 - tau_plus)``; Chuang et al. 2020, arXiv:2007.00224, eq. 8.
+* "hard": "debiased" with ``exp s-`` averaged with weights ``exp(beta s-)``; Robinson 2021, arXiv:2010.04592, eq. 4.
+
+The gradient passes through the weights of "dclw" and "hard", as in the code of the authors
+(raminnakhli/Decoupled-Contrastive-Learning and joshr17/HCL on GitHub).
+
+Options of the losses are keywords, see :class:`twoview.variants.LossOptions`.
 """
 
 import math
-from typing import Unpack, overload
+from collections.abc import Callable
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from twoview.variants import Variant, VariantParameters, check_loss_arguments
+from twoview.streaming import RowLosses, Rows, equal_ids, mean_loss
+from twoview.variants import LossOptions, Variant, check_loss_arguments
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -36,11 +55,12 @@ def l2_normalize(x: Tensor) -> Tensor:
 def nt_xent(
     z_a: Tensor,
     z_b: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     variant: Variant = "infonce",
     same: Tensor | None = None,
-    **parameters: Unpack[VariantParameters],
+    anchors: slice = slice(None),
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """NT-Xent loss: the positive of each of the 2N views is the other view of the same image.
 
@@ -49,44 +69,45 @@ def nt_xent(
     Args:
         z_a: ``[N, D]`` embeddings of the first views, any floating dtype, not necessarily normalized.
         z_b: ``[N, D]`` embeddings of the second views; row i belongs to the same image as row i of ``z_a``.
-        temperature: softmax temperature, > 0.
-        variant: form of the loss, see :func:`info_nce_rows`.
+        temperature: softmax temperature, > 0; a scalar tensor if it is learned.
+        variant: form of the loss, see above.
         same: known positives, which are removed from the negatives. Either int ``[N]``, one id per image: images with
             equal ids >= 0 are positives of each other. Or a boolean ``[N, N]`` mask.
-        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see :func:`info_nce_rows`.
+        anchors: images whose views are rows of the loss; the views of all images are negatives. One of several
+            processes takes its own images, see :func:`twoview.distributed.own_rows`.
+        **options: options of the losses, see above.
 
     Raises:
-        ValueError: if shapes differ, a parameter is out of range, or the variant is unknown.
-        TypeError: if a parameter is unknown.
+        ValueError: if shapes differ, an option is out of range, or the variant is unknown.
 
     Example:
         >>> nt_xent(torch.eye(4), torch.eye(4), temperature=0.5)
         tensor(0.5944)
-        >>> nt_xent(torch.eye(4), torch.eye(4), temperature=0.5, variant="hard", beta=0.5)
-        tensor(0.2115)
     """
-    if z_a.shape != z_b.shape or z_a.ndim != 2:
-        raise ValueError(f"nt_xent needs two [N, D] tensors of one shape, not {list(z_a.shape)} and {list(z_b.shape)}")
+    _require_pairs("nt_xent", z_a, z_b)
+    parameters = check_loss_arguments(temperature, variant, **options)
     n = len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):  # bf16 logits lose digits at small temperatures
         z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
-        similarity_MM = z_2ND @ z_2ND.T
-        partner = torch.arange(2 * n, device=z_a.device).roll(n)
-        positive = similarity_MM.gather(1, partner[:, None]).squeeze(1)
-        # Not negatives of a view: the view itself, the other view of the same image, and the views of known positives.
-        valid_MM = ~positive_mask(same, n, z_a.device).repeat(2, 2)
-        return info_nce_rows(positive, similarity_MM, valid_MM, temperature, variant, **parameters).mean()
+        positive = _weighted((z_2ND[:n] * z_2ND[n:]).sum(1), variant, parameters)
+        images = torch.arange(n, device=z_a.device)[anchors]
+        views = torch.cat([images, images + n])
+        own = torch.stack([views, views.roll(len(images))], 1)
+        rows = views % n
+        known = None if same is None else _known(same, rows)
+        z = z_2ND if len(images) == n else z_2ND[views]
+        return _contrast(z, z_2ND, positive[rows], temperature, variant, parameters, own, known)
 
 
 def info_nce(
     q: Tensor,
     k: Tensor,
     negatives: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     variant: Variant = "infonce",
-    same: Tensor | None = None,
-    **parameters: Unpack[VariantParameters],
+    same: Tensor | tuple[Tensor, Tensor] | None = None,
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """InfoNCE loss with stored negatives; MoCo, He et al. 2020, arXiv:1911.05722, eq. 1.
 
@@ -94,14 +115,15 @@ def info_nce(
         q: ``[N, D]`` queries, any floating dtype, not necessarily normalized.
         k: ``[N, D]`` keys; row i is the positive of query i.
         negatives: ``[K, D]`` stored keys of earlier batches, which are the negatives of every query; K may be 0.
-        temperature: softmax temperature, > 0.
-        variant: form of the loss, see :func:`info_nce_rows`.
-        same: boolean ``[N, K]``, true where a stored key is a known positive of a query; removed from the negatives.
-        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see :func:`info_nce_rows`.
+        temperature: softmax temperature, > 0; a scalar tensor if it is learned.
+        variant: form of the loss, see above.
+        same: known positives, which are removed from the negatives. Either ids int ``[N]`` of the queries and ids
+            ``[K]`` of the stored keys: those with equal ids >= 0 are positives of each other. Or a boolean ``[N, K]``
+            mask.
+        **options: options of the losses, see above.
 
     Raises:
-        ValueError: if shapes do not match, a parameter is out of range, or the variant is unknown.
-        TypeError: if a parameter is unknown.
+        ValueError: if shapes do not match, an option is out of range, or the variant is unknown.
 
     Example:
         >>> info_nce(torch.eye(2), torch.eye(2), negatives=-torch.eye(2), temperature=0.5)
@@ -110,15 +132,17 @@ def info_nce(
     if q.shape != k.shape or q.ndim != 2 or negatives.ndim != 2 or negatives.shape[1] != q.shape[1]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, negatives))
         raise ValueError(f"info_nce needs q [N, D], k [N, D] and negatives [K, D], not {shapes}")
+    parameters = check_loss_arguments(temperature, variant, **options)
     with torch.autocast(q.device.type, enabled=False):
         q_ND, k_ND, negatives_KD = l2_normalize(q), l2_normalize(k), l2_normalize(negatives)
-        similarity_NK = q_ND @ negatives_KD.T
-        valid_NK = torch.ones_like(similarity_NK, dtype=torch.bool) if same is None else ~same
-        positive = (q_ND * k_ND).sum(1)
-        return info_nce_rows(positive, similarity_NK, valid_NK, temperature, variant, **parameters).mean()
+        positive = _weighted((q_ND * k_ND).sum(1), variant, parameters)
+        known = equal_ids(*same) if isinstance(same, tuple) else None if same is None else same.__getitem__
+        return _contrast(q_ND, negatives_KD, positive, temperature, variant, parameters, None, known)
 
 
-def moco_v3_loss(q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature: float) -> Tensor:
+def moco_v3_loss(
+    q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature: float | Tensor, anchors: slice = slice(None)
+) -> Tensor:
     """MoCo v3 loss ``2T (batch_nce(q_a, k_b) + batch_nce(q_b, k_a))``; Chen et al. 2021, arXiv:2104.02057, Algorithm 1.
 
     Args:
@@ -127,6 +151,7 @@ def moco_v3_loss(q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature
         q_b: ``[N, D]`` predictions of the second views.
         k_a: ``[N, D]`` keys of the first views; detached.
         temperature: softmax temperature T, > 0.
+        anchors: images whose queries are the rows of the loss, see :func:`nt_xent`.
 
     Raises:
         ValueError: if shapes differ or the temperature is out of range.
@@ -135,17 +160,18 @@ def moco_v3_loss(q_a: Tensor, k_b: Tensor, q_b: Tensor, k_a: Tensor, temperature
         >>> moco_v3_loss(torch.eye(3), torch.eye(3), torch.eye(3), torch.eye(3), temperature=1.0)
         tensor(2.2058)
     """
-    a_to_b, b_to_a = batch_nce(q_a, k_b.detach(), temperature), batch_nce(q_b, k_a.detach(), temperature)
-    return 2 * temperature * (a_to_b + b_to_a)
+    a_to_b = batch_nce(q_a, k_b.detach(), temperature, anchors)
+    return 2 * temperature * (a_to_b + batch_nce(q_b, k_a.detach(), temperature, anchors))
 
 
-def clip_loss(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+def clip_loss(z_a: Tensor, z_b: Tensor, temperature: float | Tensor, anchors: slice = slice(None)) -> Tensor:
     """Mean of :func:`batch_nce` in both directions; CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
 
     Args:
         z_a: ``[N, D]`` embeddings.
         z_b: ``[N, D]`` embeddings; row i is the positive of row i of ``z_a``.
-        temperature: softmax temperature, > 0.
+        temperature: softmax temperature, > 0; a scalar tensor if it is learned.
+        anchors: images whose embeddings are the rows of the loss, see :func:`nt_xent`.
 
     Raises:
         ValueError: if shapes differ or the temperature is out of range.
@@ -154,16 +180,17 @@ def clip_loss(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
         >>> clip_loss(torch.eye(3), torch.eye(3), temperature=1.0)
         tensor(0.5514)
     """
-    return (batch_nce(z_a, z_b, temperature) + batch_nce(z_b, z_a, temperature)) / 2
+    return (batch_nce(z_a, z_b, temperature, anchors) + batch_nce(z_b, z_a, temperature, anchors)) / 2
 
 
-def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+def batch_nce(q: Tensor, k: Tensor, temperature: float | Tensor, anchors: slice = slice(None)) -> Tensor:
     """InfoNCE loss with in-batch negatives; Oord et al. 2018, arXiv:1807.03748, eq. 4.
 
     Args:
         q: ``[N, D]`` queries, any floating dtype, not necessarily normalized.
         k: ``[N, D]`` keys; row i is the positive of query i, the other rows are its negatives.
-        temperature: softmax temperature, > 0.
+        temperature: softmax temperature, > 0; a scalar tensor if it is learned.
+        anchors: images whose queries are the rows of the loss, see :func:`nt_xent`.
 
     Raises:
         ValueError: if shapes differ or the temperature is out of range.
@@ -172,15 +199,18 @@ def batch_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
         >>> batch_nce(torch.eye(3), torch.eye(3), temperature=1.0)
         tensor(0.5514)
     """
-    if q.shape != k.shape or q.ndim != 2:
-        raise ValueError(f"batch_nce needs two [N, D] tensors of one shape, not {list(q.shape)} and {list(k.shape)}")
+    _require_pairs("batch_nce", q, k)
+    parameters = check_loss_arguments(temperature)
     with torch.autocast(q.device.type, enabled=False):
-        similarity_NN = l2_normalize(q) @ l2_normalize(k).T
-        valid_NN = ~positive_mask(None, len(q), q.device)
-        return info_nce_rows(similarity_NN.diagonal(), similarity_NN, valid_NN, temperature).mean()
+        q_ND, k_ND = l2_normalize(q[anchors]), l2_normalize(k)
+        own = torch.arange(len(k), device=k.device)[anchors]
+        positive = (q_ND * k_ND[anchors]).sum(1)
+        return _contrast(q_ND, k_ND, positive, temperature, "infonce", parameters, own[:, None])
 
 
-def sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def sup_con(
+    z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float | Tensor, anchors: slice = slice(None)
+) -> Tensor:
     """Supervised contrastive loss L_out (Khosla et al. 2020, arXiv:2004.11362, eq. 2), averaged over the 2N views.
 
     All views of the same class are positives of each other. If all labels differ, the loss equals :func:`nt_xent`.
@@ -189,7 +219,8 @@ def sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float) -> Ten
         z_a: ``[N, D]`` embeddings of the first views.
         z_b: ``[N, D]`` embeddings of the second views; row i belongs to the same image as row i of ``z_a``.
         labels: int64 ``[N]`` classes; a view with a negative label has one positive, the other view of the same image.
-        temperature: softmax temperature, > 0.
+        temperature: softmax temperature, > 0; a scalar tensor if it is learned.
+        anchors: images whose views are the rows of the loss, see :func:`nt_xent`.
 
     Raises:
         ValueError: if shapes do not match or the temperature is out of range.
@@ -198,91 +229,80 @@ def sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, temperature: float) -> Ten
         >>> sup_con(torch.eye(4), torch.eye(4), labels=torch.tensor([0, 0, 1, -1]), temperature=0.5)
         tensor(1.2611)
     """
-    if z_a.shape != z_b.shape or z_a.ndim != 2 or labels.shape != z_a.shape[:1]:
-        shapes = ", ".join(str(list(x.shape)) for x in (z_a, z_b, labels))
-        raise ValueError(f"sup_con needs two [N, D] tensors and labels [N], not {shapes}")
-    check_loss_arguments(temperature)
+    _require_pairs("sup_con", z_a, z_b)
+    if labels.shape != z_a.shape[:1]:
+        raise ValueError(f"sup_con needs labels [{len(z_a)}], not {list(labels.shape)}")
+    parameters = check_loss_arguments(temperature)
+    n = len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):
         z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
-        self_MM = torch.eye(len(z_2ND), dtype=torch.bool, device=z_a.device)
-        positives_MM = positive_mask(labels, len(labels), z_a.device).repeat(2, 2) & ~self_MM
-        logits_MM = (z_2ND @ z_2ND.T / temperature).masked_fill(self_MM, -math.inf)
-        log_p_MM = logits_MM - logits_MM.logsumexp(1, keepdim=True)
-        return -(log_p_MM.masked_fill(~positives_MM, 0).sum(1) / positives_MM.sum(1)).mean()
+        # The mean logit of the positives is the logit of their mean. Row c of ``sums`` is the sum over all views of a
+        # class, where c is the place of the class in the sorted labels, or of an image without a label.
+        images = torch.arange(n, device=z_a.device)
+        rows = torch.where(labels >= 0, torch.searchsorted(labels.sort().values, labels), n + images)
+        sums = z_2ND.new_zeros(2 * n, z_2ND.shape[1]).index_put((rows.repeat(2),), z_2ND, accumulate=True)
+        count = z_2ND.new_zeros(2 * n).index_put((rows,), z_2ND.new_full((n,), 2.0), accumulate=True)
+        views = torch.cat([images[anchors], images[anchors] + n])
+        z, classes = z_2ND[views], rows[views % n]
+        positive = (z * (sums[classes] - z)).sum(1) / (count[classes] - 1)
+        # "dcl": the sum of the denominator contains the positives already.
+        return _contrast(z, z_2ND, positive, temperature, "dcl", parameters, views[:, None])
 
 
-def info_nce_rows(
+def _contrast(
+    anchors: Tensor,
+    candidates: Tensor,
     positive: Tensor,
-    similarity: Tensor,
-    valid: Tensor,
-    temperature: float,
-    variant: Variant = "infonce",
-    sigma: float | None = None,
-    tau_plus: float | None = None,
-    beta: float | None = None,
+    temperature: float | Tensor,
+    variant: Variant,
+    parameters: dict[str, Any],
+    own: Tensor | None = None,
+    same: Callable[[slice], Tensor] | None = None,
 ) -> Tensor:
-    """Contrastive loss of each row, computed from similarities to its positive and to its negatives.
+    """Mean loss of unit vectors with similarities ``positive`` ``[N]`` to their positives; see :func:`mean_loss`."""
+    beta, limit = parameters.get("beta", 0.0), parameters["mask_above"]
 
-    s+ is the logit of the positive and s- are the logits of the n negatives; a logit is a similarity / temperature.
+    def infonce(positive: Tensor, log_sums: list[Tensor], count: Tensor | None) -> RowLosses:
+        chosen = torch.sigmoid(log_sums[0] - positive)  # probability of the negatives
+        return torch.logaddexp(positive, log_sums[0]) - positive, -chosen, [chosen]
 
-    * "infonce": ``-s+ + log(exp s+ + sum exp s-)``.
-    * "dcl": ``-s+ + log(sum exp s-)``; decoupled contrastive loss, Yeh et al. 2022, arXiv:2110.06848, eq. 6.
-    * "dclw": ``-w s+ + log(sum exp s-)`` with the detached weight ``w = 2 - exp(p / sigma) / mean exp(p / sigma)``.
-      p is the similarity to the positive, and the mean is taken over rows; Yeh et al., eq. 7.
-    * "debiased": ``-s+ + log(exp s+ + n max(g, exp(-1 / temperature)))`` with
-      ``g = (mean exp s- - tau_plus exp s+) / (1 - tau_plus)``; Chuang et al. 2020, arXiv:2007.00224, eq. 8.
-    * "hard": "debiased" with ``exp s-`` averaged with weights ``exp(beta s-)``; Robinson 2021, arXiv:2010.04592, eq. 4.
+    def decoupled(positive: Tensor, log_sums: list[Tensor], count: Tensor | None) -> RowLosses:
+        one = torch.ones_like(positive)
+        return log_sums[0] - positive, -one, [one]
 
-    Args:
-        positive: ``[N]`` cosine similarity of each row to its positive.
-        similarity: ``[N, M]`` cosine similarities.
-        valid: boolean ``[N, M]``, true where a column is a negative of the row.
-        temperature: softmax temperature, > 0.
-        variant: name of the formula, one of the above.
-        sigma: width of the weights of "dclw", > 0; None for 0.5.
-        tau_plus: assumed share of false negatives for "debiased" and "hard", in [0, 1); None for 0.1.
-        beta: concentration on hard negatives for "hard", >= 0; None for 1.
+    def debiased(positive: Tensor, log_sums: list[Tensor], count: Tensor | None) -> RowLosses:
+        assert count is not None
+        log_count = count.clamp(min=1).to(positive.dtype).log()
+        log_mean = log_sums[0] - (log_sums[1] if beta else log_count)
+        log_g, slope, by_positive = _log_debiased(log_mean, positive, parameters["tau_plus"], -1 / temperature)
+        loss, of_positive, (of_sum,) = infonce(positive, [log_g + log_count], None)
+        return loss, of_positive + of_sum * by_positive, [of_sum * slope, -of_sum * slope][: len(log_sums)]
 
-    Returns:
-        ``[N]`` losses in the dtype of ``similarity``; a row without negatives has loss 0 and no gradient.
+    forms = {"infonce": infonce, "dcl": decoupled, "dclw": decoupled, "debiased": debiased, "hard": debiased}
+    rows = Rows(
+        forms[variant],
+        scales=(1 + beta, beta) if beta else (1.0,),
+        counted=forms[variant] is debiased,
+        own=own,
+        same=same,
+        above=None if limit is None else limit / temperature,
+        products=parameters["products"] or "full",
+    )
+    return mean_loss(anchors / temperature, candidates, positive / temperature, rows)
 
-    Raises:
-        ValueError: if a parameter is out of range or belongs to another variant, or the variant is unknown.
 
-    Example:
-        >>> similarity = torch.tensor([[0.5, -0.5, 1.0], [0.5, -0.5, 1.0]])
-        >>> valid = torch.tensor([[True, True, False], [False, False, False]])
-        >>> info_nce_rows(torch.tensor([1.0, 1.0]), similarity, valid, temperature=0.5)
-        tensor([0.3490, 0.0000])
-    """
-    parameters = check_loss_arguments(temperature, variant, sigma, tau_plus, beta)
-    if similarity.shape[1] == 0:
-        return positive * 0
-    count = valid.sum(1)
-    any_negative = count > 0
-    # Rows without negatives keep all columns: logsumexp of nothing has a NaN gradient. Their loss is set to 0 below.
-    excluded = ~valid & any_negative[:, None]
+def _known(same: Tensor, rows: Tensor) -> Callable[[slice], Tensor]:
+    """Known positives among both views of all images, for rows that are views of the images ``rows``."""
+    if same.ndim == 1:
+        return equal_ids(same[rows], same.repeat(2))
+    return lambda block: same[rows[block]].repeat(1, 2)
 
-    def log_sum(scale: float) -> Tensor:
-        # logsumexp subtracts the maximum of each row. A constant would let small temperatures underflow.
-        return (similarity * (scale / temperature)).masked_fill(excluded, -math.inf).logsumexp(1)
 
-    s_positive = positive / temperature
-    match variant:
-        case "infonce":
-            loss = torch.logaddexp(s_positive, log_sum(1)) - s_positive
-        case "dcl":
-            loss = log_sum(1) - s_positive
-        case "dclw":
-            weight = 2 - torch.softmax(positive / parameters["sigma"], 0) * len(positive)
-            loss = log_sum(1) - weight.detach() * s_positive
-        case "debiased" | "hard":
-            log_count = count.clamp(min=1).to(similarity.dtype).log()
-            weight_of = parameters.get("beta")
-            log_mean = log_sum(1) - log_count if weight_of is None else log_sum(1 + weight_of) - log_sum(weight_of)
-            log_g = _log_debiased(log_mean, s_positive, parameters["tau_plus"], floor=-1 / temperature)
-            loss = torch.logaddexp(s_positive, log_g + log_count) - s_positive
-    return torch.where(any_negative, loss, 0.0)
+def _weighted(positive: Tensor, variant: Variant, parameters: dict[str, Any]) -> Tensor:
+    """Similarities ``[N]`` of all positives, multiplied by their weights in variant "dclw"."""
+    if variant != "dclw":
+        return positive
+    return positive * (2 - torch.softmax(positive / parameters["sigma"], 0) * len(positive))
 
 
 @overload
@@ -294,7 +314,7 @@ def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") ->
 
     Args:
         valid_negatives: number n of negatives, either equal for all rows or ``[N]``, one number per row.
-        variant: form of the loss, see :func:`info_nce_rows`.
+        variant: form of the loss, see above.
 
     Returns:
         A number if n is a Python integer. Otherwise a scalar tensor on the device of ``valid_negatives``, so that the
@@ -310,24 +330,21 @@ def chance_level(valid_negatives: Tensor | int, variant: Variant = "infonce") ->
     return float(level) if isinstance(valid_negatives, int) else level
 
 
-def _log_debiased(log_mean: Tensor, s_positive: Tensor, tau_plus: float, floor: float) -> Tensor:
-    """``log max((exp(log_mean) - tau_plus exp(s_positive)) / (1 - tau_plus), exp(floor))``, computed in log space."""
-    if tau_plus == 0:
-        return log_mean.clamp(min=floor)
-    gap = (s_positive + math.log(tau_plus) - log_mean).clamp(max=0)
-    above_zero = gap < 0
-    # In rows that are set to the floor, -1 replaces gap: log1p(-exp(0)) = -inf would have a NaN gradient.
-    shrink = torch.log1p(-torch.where(above_zero, gap, -1.0).exp())
-    return torch.where(above_zero, log_mean + shrink - math.log1p(-tau_plus), floor).clamp(min=floor)
+def _log_debiased(
+    log_mean: Tensor, positive: Tensor, tau_plus: float, floor: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``log max((exp(log_mean) - tau_plus exp(positive)) / (1 - tau_plus), exp(floor))``, computed in log space.
 
-
-def positive_mask(same: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """Boolean ``[N, N]`` mask, true on the diagonal and for known positives; ``same`` as in :func:`nt_xent`.
-
-    >>> positive_mask(torch.tensor([3, 3, -1]), 3, torch.device("cpu")).sum(1)
-    tensor([2, 2, 1])
+    Returns the value, and its derivatives by ``log_mean`` and by ``positive``.
     """
-    diagonal = torch.eye(n, dtype=torch.bool, device=device)
-    if same is None:
-        return diagonal
-    return diagonal | ((same[:, None] == same) & (same >= 0) if same.ndim == 1 else same)
+    gap = positive + (math.log(tau_plus) if tau_plus else -math.inf) - log_mean
+    shrink = torch.log1p(-gap.clamp(max=0).exp())  # -inf where the difference is not positive
+    value = log_mean + shrink - math.log1p(-tau_plus)
+    above = value > floor
+    slope = torch.where(above, -1 / torch.expm1(torch.where(above, gap, -1.0)), 0.0)
+    return torch.where(above, value, floor), slope, torch.where(above, 1 - slope, 0.0)
+
+
+def _require_pairs(name: str, a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"{name} needs two [N, D] tensors of one shape, not {list(a.shape)} and {list(b.shape)}")

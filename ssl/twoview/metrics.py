@@ -92,17 +92,21 @@ def feature_std(z: Tensor) -> float:
 
 
 @torch.no_grad()
-def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def contrastive_logs(
+    positive: Tensor, similarity: Tensor, valid: Tensor, mask_above: float | None = None
+) -> dict[str, Tensor]:
     """Compute the metrics of a contrastive task that are logged during training.
 
     Args:
         positive: ``[N]`` cosine similarity of each row to its positive.
         similarity: ``[N, M]`` cosine similarities.
         valid: boolean ``[N, M]``, true where a column is a negative of the row.
+        mask_above: similarity above which negatives are taken for false ones; None for no limit.
 
     Returns:
-        Three scalars. ``contrastive_top1``: share of rows whose positive is more similar than every negative, without
+        Scalars. ``contrastive_top1``: share of rows whose positive is more similar than every negative, without
         ties. ``positive_similarity`` and ``negative_similarity``: mean cosine similarities to positives and negatives.
+        ``masked``, with ``mask_above``: share of the negatives that are more similar.
 
     Example:
         >>> valid = torch.ones(2, 2, dtype=torch.bool)
@@ -113,21 +117,25 @@ def contrastive_logs(positive: Tensor, similarity: Tensor, valid: Tensor) -> dic
     if not similarity.shape[1]:  # an empty queue
         similarity, valid = similarity.new_zeros(len(positive), 1), valid.new_zeros(len(positive), 1)
     hardest = similarity.masked_fill(~valid, -math.inf).amax(1)
-    return {
+    logs = {
         "contrastive_top1": (positive > hardest).float().mean(),
         "positive_similarity": positive.mean(),
         "negative_similarity": (similarity * valid).sum() / valid.sum().clamp(min=1),
     }
+    if mask_above is not None:
+        logs["masked"] = (valid & (similarity > mask_above)).sum() / valid.sum().clamp(min=1)
+    return logs
 
 
 @torch.no_grad()
-def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor]:
+def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256, mask_above: float | None = None) -> dict[str, Tensor]:
     """Compute :func:`contrastive_logs` of the first views; all views of other images in the batch are negatives.
 
     Args:
         z_a: ``[N, D]`` embeddings of the first views.
         z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
         rows: number of first views that are evaluated; limits the cost for large batches.
+        mask_above: see :func:`contrastive_logs`.
 
     Returns:
         The scalars of :func:`contrastive_logs`.
@@ -141,7 +149,7 @@ def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256) -> dict[str, Tensor
     own = torch.eye(len(anchors), len(u_a), dtype=torch.bool, device=u_a.device)
     with torch.autocast(u_a.device.type, enabled=False):
         similarity = anchors @ torch.cat([u_a, u_b]).T
-    return contrastive_logs((anchors * u_b[:rows]).sum(1), similarity, ~torch.cat([own, own], 1))
+    return contrastive_logs((anchors * u_b[:rows]).sum(1), similarity, ~torch.cat([own, own], 1), mask_above)
 
 
 @torch.no_grad()

@@ -73,11 +73,12 @@ class OptimizerSettings:
         Raises:
             UserError: if the factory raises a ``TypeError`` or ``ValueError``.
         """
-        decays: dict[str, float] = {"biases and norms": 0.0, "weights": self.weight_decay}
+        decays: dict[str, float] = {"biases and norms": 0.0, "weights": self.weight_decay, "temperature": 0.0}
         groups: list[dict[str, Any]] = [{"params": [], "weight_decay": d, "name": name} for name, d in decays.items()]
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                groups[parameter.ndim > 1 and not name.endswith(".bias")]["params"].append(parameter)
+                decayed = parameter.ndim > 1 and not name.endswith(".bias")
+                groups[2 if name == "temperature.log_scale" else int(decayed)]["params"].append(parameter)
         lr = scaled_lr(self.lr, global_batch, self.lr_scaling)
         try:
             optimizer = self.factory([g for g in groups if g["params"]], lr=lr, **self._fused(groups))

@@ -10,8 +10,9 @@ from twoview.backbones import sync_batch_norm
 from twoview.distributed import gather, rank_and_world
 from twoview.errors import UserError, require, require_choice
 from twoview.methods.groups import in_groups
+from twoview.methods.temperature import Temperature
 from twoview.metrics import in_batch_logs
-from twoview.variants import VariantParameters, check_loss_arguments
+from twoview.variants import LossOptions, check_loss_arguments
 
 
 class Encoded(NamedTuple):
@@ -168,11 +169,14 @@ class Method(nn.Module):
         return self.loss(self.encode(*views), ids, labels)
 
     def after_update(self, progress: float) -> None:
-        """Update the state after an optimizer step.
+        """Update the state after an optimizer step: by default, the temperatures of the loss.
 
         Args:
             progress: completed share of the run, in [0, 1].
         """
+        for module in self.children():
+            if isinstance(module, Temperature):
+                module.move(progress)
 
     def after_batch(self, step: Step) -> None:
         """Update the state after a batch; if the batch ends an optimizer step, after that step.
@@ -182,7 +186,14 @@ class Method(nn.Module):
         """
 
 
-def in_batch_step(encoded: Encoded, loss: Tensor, z_a: Tensor, z_b: Tensor, chance: Tensor | float) -> Step:
+def in_batch_step(
+    encoded: Encoded,
+    loss: Tensor,
+    z_a: Tensor,
+    z_b: Tensor,
+    chance: Tensor | float,
+    mask_above: float | None = None,
+) -> Step:
     """Build the step of a method whose negatives are the other images of the batch.
 
     Args:
@@ -191,9 +202,10 @@ def in_batch_step(encoded: Encoded, loss: Tensor, z_a: Tensor, z_b: Tensor, chan
         z_a: ``[N, D]`` embeddings of the first views, gathered from all ranks.
         z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
         chance: loss if all similarities are equal.
+        mask_above: similarity above which negatives are left out of the loss; None for no limit.
     """
     z_a, z_b = z_a.detach(), z_b.detach()
-    return Step(loss, encoded.features, (z_a, z_b), {**in_batch_logs(z_a, z_b)}, chance)
+    return Step(loss, encoded.features, (z_a, z_b), {**in_batch_logs(z_a, z_b, mask_above=mask_above)}, chance)
 
 
 def gathered(*tensors: Tensor) -> list[Tensor]:
@@ -215,13 +227,26 @@ def check_momentum(start: float, end: float | None) -> None:
         require(fits, f"method.{knob}={value}: must lie between 0 and 1, such as 0.99")
 
 
-def check_loss_knobs(temperature: float, variant: str = "infonce", **parameters: Unpack[VariantParameters]) -> None:
-    """Check the parameters of the losses by :func:`twoview.losses.check_loss_arguments`.
+def check_same(same: str, group_file: str | None) -> None:
+    """Check the knobs of known positives.
+
+    Raises:
+        UserError: if ``same`` is unknown, or ``group_file`` is missing or has no effect.
+    """
+    require_choice("method", ("none", "labels", "groups"), same=same)
+    missing = "needs method.group_file=FILE.csv with the columns path and group"
+    require(same != "groups" or group_file is not None, f"method.same=groups: {missing}")
+    unused = f"has no effect with method.same={same}; set method.same=groups"
+    require(same == "groups" or group_file is None, f"method.group_file={group_file}: {unused}")
+
+
+def check_loss_knobs(temperature: float, variant: str = "infonce", **options: Unpack[LossOptions]) -> None:
+    """Check the options of the losses by :func:`twoview.variants.check_loss_arguments`.
 
     Raises:
         UserError: if a value is out of range.
     """
     try:
-        check_loss_arguments(temperature, variant, **parameters)
+        check_loss_arguments(temperature, variant, **options)
     except ValueError as error:
         raise UserError(f"method.{error}") from None

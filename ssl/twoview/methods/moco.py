@@ -1,19 +1,24 @@
 """MoCo v1, He et al. 2020, arXiv:1911.05722, and MoCo v2, Chen et al. 2020, arXiv:2003.04297."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from twoview.distributed import mean_over_ranks
 from twoview.heads import output_width
 from twoview.losses import chance_level, info_nce, l2_normalize
-from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_momentum, gathered
+from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_momentum, check_same, gathered
 from twoview.methods.groups import in_groups, in_shuffled_groups
+from twoview.methods.temperature import choose_temperature, current, logged
 from twoview.metrics import contrastive_logs
 from twoview.momentum import MomentumCopy, Statistics
 from twoview.negatives import NegativeQueue
 from twoview.schedules import cosine_ramp
-from twoview.variants import Variant, VariantParameters
+from twoview.streaming import count_equal
+from twoview.variants import LossOptions, Variant
+
+NO_CLASS = 2**32  # added to the index of an image without a class, which identifies it among classes
 
 
 class MoCo(Method):
@@ -23,7 +28,12 @@ class MoCo(Method):
         backbone: network, ``[N, C, H, W] -> [N, F]``.
         head: projection head, ``[N, F] -> [N, D]``; one linear layer in v1, two layers in v2.
         temperature: softmax temperature, > 0; 0.07 in v1, 0.2 in v2.
-        variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
+        temperature_end: temperature at the end of the run, reached along half a cosine; None for a constant one.
+        learn_temperature: whether the temperature is learned, see :class:`twoview.methods.temperature.Temperature`.
+        variant: form of the loss, see :mod:`twoview.losses`.
+        same: stored keys that are not negatives of a query, besides those of the same image: "labels" for those of the
+            same class, "groups" for those of the same group, or "none".
+        group_file: file with the groups of the images, see :func:`twoview.data.read_groups`; required by "groups".
         queue_size: number K of stored keys, >= 1. Stored keys of the same image are not negatives of a query.
         momentum: momentum of the key encoder at the start, in [0, 1).
         momentum_end: momentum at the end of the run, reached along half a cosine; None for a constant momentum.
@@ -34,8 +44,8 @@ class MoCo(Method):
         bn: "plain", "split" or "sync", see :class:`Method`; or "shuffle", which is "split" with the keys computed by
             shuffled BatchNorm (v1, section 3.3).
         bn_groups: number G of groups over all ranks, see :class:`Method`.
-        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see
-            :func:`twoview.losses.info_nce_rows`.
+        **options: ``sigma``, ``tau_plus`` and ``beta`` of the variants, ``mask_above`` and ``products``; see
+            :class:`twoview.variants.LossOptions`.
 
     Raises:
         UserError: if a value is out of range.
@@ -58,7 +68,11 @@ class MoCo(Method):
         backbone: nn.Module,
         head: nn.Module,
         temperature: float = 0.2,
+        temperature_end: float | None = None,
+        learn_temperature: bool = False,
         variant: Variant = "infonce",
+        same: Literal["none", "labels", "groups"] = "none",
+        group_file: str | None = None,
         queue_size: int = 65536,
         momentum: float = 0.999,
         momentum_end: float | None = None,
@@ -66,16 +80,24 @@ class MoCo(Method):
         statistics: Statistics = "own",
         bn: str = "plain",
         bn_groups: int = 2,
-        **parameters: Unpack[VariantParameters],
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature, variant, **parameters)
+        check_loss_knobs(temperature, variant, **options)
         check_momentum(momentum, momentum_end)
-        self.temperature, self.variant, self.symmetric = temperature, variant, symmetric
-        self.variant_parameters = parameters
+        check_same(same, group_file)
+        fixed = f"method.variant={variant}" if variant in ("debiased", "hard") else ""
+        self.temperature = choose_temperature(temperature, temperature_end, learn_temperature, fixed)
+        self.variant, self.same, self.group_file = variant, same, group_file
+        self.symmetric, self.options = symmetric, options
         self.momentum, self.momentum_end = momentum, momentum if momentum_end is None else momentum_end
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         self.queue = NegativeQueue(queue_size, output_width(head))
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels remove stored keys from the negatives."""
+        return self.same == "labels"
 
     @property
     def ready(self) -> bool:
@@ -105,7 +127,7 @@ class MoCo(Method):
         Args:
             encoded: outputs of :meth:`encode` for the N images of this rank.
             ids: int64 ``[N]``, index of each image in the data set; required.
-            labels: not used.
+            labels: int64 ``[N]`` classes or groups, -1 for images without one; not used if ``same`` is "none".
 
         Returns:
             The loss and values for monitoring. ``keys`` are the keys to store in the queue.
@@ -115,23 +137,30 @@ class MoCo(Method):
         """
         if ids is None:
             raise ValueError("MoCo needs the ids of the images, to exclude their own keys from their negatives")
+        if self.same != "none" and labels is not None:  # one id for all images of a class
+            ids = torch.where(labels >= 0, labels, NO_CLASS + ids)
         queue, queue_ids = self.queue.read()
-        same = ids[:, None] == queue_ids
+        temperature = current(self.temperature)
         pairs = list(zip(encoded.embeddings, encoded.targets, strict=True))
-        loss = sum((self._loss(q, k, queue, same) for q, k in pairs), torch.zeros((), device=ids.device)) / len(pairs)
-        q, k = pairs[0]
+        losses = [self._loss(q, k, ids, temperature) for q, k in pairs]
+        equal, (q, k) = count_equal(ids, queue_ids), pairs[0]
+        valid = ids[:256, None] != queue_ids
+        limit = self.options.get("mask_above")
         logs = {
-            **contrastive_logs(*_cosines(q[:256].detach(), k[:256], queue), ~same[:256]),
+            **contrastive_logs(*_cosines(q[:256].detach(), k[:256], queue), valid, limit),
+            **logged(temperature),
             "queue_fill": len(queue) / len(self.queue.keys),
             "queue_age": self.queue.age,
-            "queue_masked": same.float().mean() if same.numel() else 0.0,
+            "queue_masked": equal.float().mean() / len(queue) if len(queue) else 0.0,
         }
         keys = (torch.cat(encoded.targets), ids.repeat(len(pairs)))
-        chance = chance_level((~same).sum(1), self.variant)
+        chance = chance_level(len(queue) - equal, self.variant)
+        loss = mean_over_ranks(torch.stack(losses).mean())
         return Step(loss, encoded.features, (q.detach(), k), logs, chance, keys)
 
     def after_update(self, progress: float) -> None:
-        """Update the key encoder after an optimizer step; see :meth:`Method.after_update`."""
+        """Update temperature and key encoder after an optimizer step; see :meth:`Method.after_update`."""
+        super().after_update(progress)
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))
 
     def after_batch(self, step: Step) -> None:
@@ -139,10 +168,11 @@ class MoCo(Method):
         if step.keys is not None:
             self.queue.push(*gathered(*step.keys))
 
-    def _loss(self, q: Tensor, k: Tensor, queue: Tensor, same: Tensor) -> Tensor:
+    def _loss(self, q: Tensor, k: Tensor, ids: Tensor, temperature: float | Tensor) -> Tensor:
+        queue, queue_ids = self.queue.read()
         if self.variant == "dclw" and len(queue):  # the weights of dclw are normalized over the whole batch
-            q, k, same = gathered(q, k, same)
-        return info_nce(q, k, queue, self.temperature, same=same, variant=self.variant, **self.variant_parameters)
+            q, k, ids = gathered(q, k, ids)
+        return info_nce(q, k, queue, temperature, same=(ids, queue_ids), variant=self.variant, **self.options)
 
     def _keys(self, view: Tensor) -> Tensor:
         if self.bn == "shuffle":

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from twoview.distributed import mean_over_ranks, own_rows
 from twoview.errors import require
 from twoview.heads import output_width
 from twoview.losses import chance_level, moco_v3_loss
-from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_momentum, gathered, in_batch_step
+from twoview.methods.base import Encoded, Method, Step, check_momentum, gathered, in_batch_step
 from twoview.methods.groups import in_groups
+from twoview.methods.temperature import choose_temperature, current, logged
 from twoview.momentum import MomentumCopy, Statistics
 from twoview.schedules import cosine_ramp
 
@@ -23,6 +25,8 @@ class MoCoV3(Method):
         head: projection head, ``[N, F] -> [N, D]``.
         predictor: function of D that builds the prediction head, ``[N, D] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.2 for transformers and 1.0 for ResNets in the paper.
+        temperature_end: temperature at the end of the run, reached along half a cosine; None for a constant one. The
+            temperature cannot be learned, because the loss is multiplied by it.
         momentum: momentum of the key encoder at the start, in [0, 1).
         momentum_end: momentum at the end of the run, in [0, 1], reached along half a cosine.
         freeze_patch_embedding: whether the patch projection of a vision transformer stays at its random initialization,
@@ -52,6 +56,7 @@ class MoCoV3(Method):
         head: nn.Module,
         predictor: Callable[[int], nn.Module],
         temperature: float = 0.2,
+        temperature_end: float | None = None,
         momentum: float = 0.99,
         momentum_end: float = 1.0,
         freeze_patch_embedding: bool = False,
@@ -60,9 +65,9 @@ class MoCoV3(Method):
         bn_groups: int = 2,
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature)
         check_momentum(momentum, momentum_end)
-        self.temperature, self.momentum, self.momentum_end = temperature, momentum, momentum_end
+        self.temperature = choose_temperature(temperature, temperature_end, learned=False)
+        self.momentum, self.momentum_end = momentum, momentum_end
         self.predictor = self.synced(predictor(output_width(head)))
         self.key_encoder = MomentumCopy(nn.Sequential(self.backbone, self.head), statistics)
         if freeze_patch_embedding:
@@ -98,10 +103,17 @@ class MoCoV3(Method):
         """
         (q_a, q_b), (k_a, k_b) = encoded.predictions, encoded.targets
         q_a, k_b, q_b, k_a = gathered(q_a, k_b, q_b, k_a)
-        loss = moco_v3_loss(q_a, k_b, q_b, k_a, self.temperature)
+        temperature = current(self.temperature)
+        loss = mean_over_ranks(moco_v3_loss(q_a, k_b, q_b, k_a, temperature, own_rows()))
+        chance = chance_level(len(q_a) - 1)
         # The chance level of each of the two directions is 2T log N.
-        return in_batch_step(encoded, loss, q_a, k_b, 4 * self.temperature * chance_level(len(q_a) - 1))
+        step = in_batch_step(encoded, loss, q_a, k_b, 4 * temperature * chance)
+        step.logs |= logged(temperature)
+        # Oord et al. 2018, arXiv:1807.03748, eq. 12, in nats, averaged over both directions.
+        step.logs["mutual_information_bound"] = chance - loss.detach() / (4 * temperature)
+        return step
 
     def after_update(self, progress: float) -> None:
-        """Update the key encoder after an optimizer step; see :meth:`Method.after_update`."""
+        """Update temperature and key encoder after an optimizer step; see :meth:`Method.after_update`."""
+        super().after_update(progress)
         self.key_encoder.follow(cosine_ramp(progress, self.momentum, self.momentum_end))

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from twoview.distributed import mean_over_ranks, own_rows
 from twoview.heads import output_width
 from twoview.losses import batch_nce, chance_level, l2_normalize
-from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
+from twoview.methods.base import Encoded, Method, Step, gathered, in_batch_step
 from twoview.methods.groups import in_groups
+from twoview.methods.temperature import choose_temperature, current, logged
 from twoview.negatives import NegativeQueue
 
 
@@ -23,6 +25,8 @@ class NNCLR(Method):
         head: projection head, ``[N, F] -> [N, D]``.
         predictor: function of D that builds the prediction head, ``[N, D] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.1 in the paper.
+        temperature_end: temperature at the end of the run, reached along half a cosine; None for a constant one.
+        learn_temperature: whether the temperature is learned, see :class:`twoview.methods.temperature.Temperature`.
         queue_size: number of embeddings in the support set, >= 1.
         bn: images that BatchNorm normalizes together, see :class:`Method`.
         bn_groups: number of BatchNorm groups, see :class:`Method`.
@@ -40,19 +44,20 @@ class NNCLR(Method):
         (6, 1.7918)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: nn.Module,
         head: nn.Module,
         predictor: Callable[[int], nn.Module],
         temperature: float = 0.1,
+        temperature_end: float | None = None,
+        learn_temperature: bool = False,
         queue_size: int = 98304,
         bn: str = "plain",
         bn_groups: int = 2,
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature)
-        self.temperature = temperature
+        self.temperature = choose_temperature(temperature, temperature_end, learn_temperature)
         self.predictor = self.synced(predictor(output_width(head)))
         self.support_set = NegativeQueue(queue_size, output_width(head))
 
@@ -86,8 +91,10 @@ class NNCLR(Method):
         """
         z_a, z_b, p_a, p_b = gathered(*encoded.embeddings, *encoded.predictions)
         near_a, near_b = self._nearest(z_a), self._nearest(z_b)
-        loss = (batch_nce(near_a, p_b, self.temperature) + batch_nce(near_b, p_a, self.temperature)) / 2
-        step = in_batch_step(encoded, loss, z_a, z_b, chance_level(len(z_a) - 1))
+        temperature, rows = current(self.temperature), own_rows()
+        loss = (batch_nce(near_a, p_b, temperature, rows) + batch_nce(near_b, p_a, temperature, rows)) / 2
+        step = in_batch_step(encoded, mean_over_ranks(loss), z_a, z_b, chance_level(len(z_a) - 1))
+        step.logs |= logged(temperature)
         step.logs["queue_fill"] = len(self.support_set) / len(self.support_set.keys)
         own = encoded.embeddings[0].detach()
         step.keys = (own, torch.full((len(own),), -1, device=own.device) if ids is None else ids)
@@ -104,5 +111,7 @@ class NNCLR(Method):
         if not len(stored):
             return z
         with torch.autocast(z.device.type, enabled=False):  # bf16 cannot resolve small differences of similarities
-            z = l2_normalize(z)
-            return stored[(z @ stored.to(z.dtype).T).argmax(1)]
+            stored_KD = stored.to(l2_normalize(z[:0]).dtype)
+            # In parts, so that memory does not grow with the product of batch and support set.
+            parts = [(l2_normalize(part) @ stored_KD.T).argmax(1) for part in z.split(256)]
+            return stored[torch.cat(parts)]

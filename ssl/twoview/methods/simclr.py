@@ -4,10 +4,12 @@ from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
-from twoview.errors import require_choice
-from twoview.losses import chance_level, nt_xent, positive_mask
-from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
-from twoview.variants import Variant, VariantParameters
+from twoview.distributed import mean_over_ranks, own_rows
+from twoview.losses import chance_level, nt_xent
+from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, check_same, gathered, in_batch_step
+from twoview.methods.temperature import choose_temperature, current, logged
+from twoview.streaming import count_equal
+from twoview.variants import LossOptions, Variant
 
 
 class SimCLR(Method):
@@ -17,12 +19,16 @@ class SimCLR(Method):
         backbone: network, ``[N, C, H, W] -> [N, F]``.
         head: projection head, ``[N, F] -> [N, D]``.
         temperature: softmax temperature, > 0; the paper uses 0.1 for batches of 4,096 images and 0.5 on CIFAR-10.
-        variant: form of the loss, see :func:`twoview.losses.info_nce_rows`.
-        same: "labels" to remove images of the same class from the negatives; "none" to use all images as negatives.
+        temperature_end: temperature at the end of the run, reached along half a cosine; None for a constant one.
+        learn_temperature: whether the temperature is learned, see :class:`twoview.methods.temperature.Temperature`.
+        variant: form of the loss, see :mod:`twoview.losses`.
+        same: images that are not negatives of each other: "labels" for those of one class, "groups" for those of one
+            group, or "none" for no others than the views of one image.
+        group_file: file with the groups of the images, see :func:`twoview.data.read_groups`; required by "groups".
         bn: images that BatchNorm normalizes together, see :class:`Method`.
         bn_groups: number of BatchNorm groups, see :class:`Method`.
-        **parameters: parameters ``sigma``, ``tau_plus`` and ``beta`` of the variants, see
-            :func:`twoview.losses.info_nce_rows`.
+        **options: ``sigma``, ``tau_plus`` and ``beta`` of the variants, ``mask_above`` and ``products``; see
+            :class:`twoview.variants.LossOptions`.
 
     Raises:
         UserError: if a value is out of range.
@@ -36,22 +42,26 @@ class SimCLR(Method):
         (torch.Size([]), torch.Size([6, 16]), 2.3979)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         backbone: nn.Module,
         head: nn.Module,
         temperature: float = 0.5,
+        temperature_end: float | None = None,
+        learn_temperature: bool = False,
         variant: Variant = "infonce",
-        same: Literal["none", "labels"] = "none",
+        same: Literal["none", "labels", "groups"] = "none",
+        group_file: str | None = None,
         bn: str = "plain",
         bn_groups: int = 2,
-        **parameters: Unpack[VariantParameters],
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature, variant, **parameters)
-        require_choice("method", ("none", "labels"), same=same)
-        self.temperature, self.variant, self.same = temperature, variant, same
-        self.variant_parameters = parameters
+        check_loss_knobs(temperature, variant, **options)
+        check_same(same, group_file)
+        fixed = f"method.variant={variant}" if variant in ("debiased", "hard") else ""
+        self.temperature = choose_temperature(temperature, temperature_end, learn_temperature, fixed)
+        self.variant, self.same, self.group_file, self.options = variant, same, group_file, options
 
     @property
     def uses_labels(self) -> bool:
@@ -64,7 +74,7 @@ class SimCLR(Method):
         Args:
             encoded: outputs of :meth:`encode` for the N images of this rank.
             ids: not used.
-            labels: int64 ``[N]`` classes, -1 for unlabeled images; used if ``same`` is "labels".
+            labels: int64 ``[N]`` classes or groups, -1 for images without one; not used if ``same`` is "none".
 
         Returns:
             The loss and values for monitoring.
@@ -72,8 +82,14 @@ class SimCLR(Method):
         z_a, z_b = gathered(*encoded.embeddings)
         same: Tensor | None = None
         chance: Tensor | float = chance_level(2 * len(z_a) - 2, self.variant)
-        if self.same == "labels" and labels is not None:
-            same = positive_mask(gathered(labels)[0], len(z_a), z_a.device)
-            chance = chance_level(2 * (~same).sum(1), self.variant)
-        loss = nt_xent(z_a, z_b, self.temperature, variant=self.variant, same=same, **self.variant_parameters)
-        return in_batch_step(encoded, loss, z_a, z_b, chance)
+        if self.same != "none" and labels is not None:
+            (same,) = gathered(labels)
+            chance = chance_level(2 * (len(z_a) - count_equal(same, same).clamp(min=1)), self.variant)
+        temperature, rows, limit = current(self.temperature), own_rows(), self.options.get("mask_above")
+        loss = nt_xent(z_a, z_b, temperature, variant=self.variant, same=same, anchors=rows, **self.options)
+        step = in_batch_step(encoded, mean_over_ranks(loss), z_a, z_b, chance, limit)
+        step.logs |= logged(temperature)
+        if self.variant == "infonce" and same is None and limit is None:
+            # Oord et al. 2018, arXiv:1807.03748, eq. 12, in nats; at most the chance level, the logarithm of 2N - 1.
+            step.logs["mutual_information_bound"] = chance - step.loss.detach()
+        return step

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from twoview.distributed import mean_over_ranks, own_rows
 from twoview.losses import chance_level, sup_con
-from twoview.methods.base import Encoded, Method, Step, check_loss_knobs, gathered, in_batch_step
+from twoview.methods.base import Encoded, Method, Step, gathered, in_batch_step
+from twoview.methods.temperature import choose_temperature, current, logged
 
 
 class SupCon(Method):
@@ -16,6 +18,8 @@ class SupCon(Method):
         backbone: network, ``[N, C, H, W] -> [N, F]``.
         head: projection head, ``[N, F] -> [N, D]``.
         temperature: softmax temperature, > 0; 0.1 in the paper.
+        temperature_end: temperature at the end of the run, reached along half a cosine; None for a constant one.
+        learn_temperature: whether the temperature is learned, see :class:`twoview.methods.temperature.Temperature`.
         bn: images that BatchNorm normalizes together, see :class:`Method`.
         bn_groups: number of BatchNorm groups, see :class:`Method`.
 
@@ -32,11 +36,17 @@ class SupCon(Method):
     """
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, temperature: float = 0.1, bn: str = "plain", bn_groups: int = 2
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        temperature: float = 0.1,
+        temperature_end: float | None = None,
+        learn_temperature: bool = False,
+        bn: str = "plain",
+        bn_groups: int = 2,
     ) -> None:
         super().__init__(backbone, head, bn, bn_groups)
-        check_loss_knobs(temperature)
-        self.temperature = temperature
+        self.temperature = choose_temperature(temperature, temperature_end, learn_temperature)
 
     @property
     def uses_labels(self) -> bool:
@@ -57,5 +67,8 @@ class SupCon(Method):
         if labels is None:
             labels = torch.full_like(encoded.features[:, 0], -1, dtype=torch.int64)
         z_a, z_b, labels = gathered(*encoded.embeddings, labels)
-        loss = sup_con(z_a, z_b, labels, self.temperature)
-        return in_batch_step(encoded, loss, z_a, z_b, chance_level(2 * len(z_a) - 2))
+        temperature = current(self.temperature)
+        loss = mean_over_ranks(sup_con(z_a, z_b, labels, temperature, own_rows()))
+        step = in_batch_step(encoded, loss, z_a, z_b, chance_level(2 * len(z_a) - 2))
+        step.logs |= logged(temperature)
+        return step
