@@ -74,7 +74,7 @@ def _list(roots: Places, knob: str) -> Split:
             if others:
                 log.info("data: %d files in %s are ignored: their suffixes are not those of images", others, where)
         elif where.is_file() and where.suffix.lower() in (".txt", ".csv"):
-            found, labels = _read_list(where, knob)
+            found, labels = read_list(where, knob)
         else:
             raise UserError(f"{knob}={root}: there is no such folder, nor .txt or .csv file")
         paths += found
@@ -107,7 +107,20 @@ def _walk(root: Path) -> tuple[list[str], list[str | None], int]:
     return found, names if labelled else [None] * len(found), others
 
 
-def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
+def read_list(file: Path, knob: str, column: str = "label") -> tuple[list[str], list[str | None]]:
+    """Read a list of files, one path per line in a ``.txt`` file, or a ``.csv`` file with the column ``path``.
+
+    Args:
+        file: the list; relative paths in it start in its folder.
+        knob: knob that named the file, for messages.
+        column: second column of a ``.csv`` file to read.
+
+    Returns:
+        Path of each file, and its value in ``column``, None if there is none.
+
+    Raises:
+        UserError: if the list cannot be read, is empty, or has no column ``path``.
+    """
     try:
         with open_regular(file) as handle:
             text = handle.read().decode("utf-8-sig")
@@ -121,6 +134,6 @@ def _read_list(file: Path, knob: str) -> tuple[list[str], list[str | None]]:
         columns = [column.strip().lower() for column in header]
         rows = [dict(zip(columns, (cell.strip() for cell in row), strict=False)) for row in cells if any(row)]
         named = "path" in columns and all(row.get("path") for row in rows)
-        require(named, f"{knob}={file}: the first line must name the columns: path, and label if there are labels")
+        require(named, f"{knob}={file}: the first line must name the columns: path, and {column} if there is one")
     require(rows, f"{knob}={file}: the list is empty")
-    return [str(file.parent / row["path"]) for row in rows], [row.get("label") or None for row in rows]
+    return [str(file.parent / row["path"]) for row in rows], [row.get(column) or None for row in rows]

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from twoview.backbones import build_arguments, check_patches
-from twoview.data import ImageData, from_dataset, split_holdout
+from twoview.data import ImageData, from_dataset, read_groups, split_holdout
 from twoview.data.splits import DefaultBatch
 from twoview.devices import device_capability, device_name
 from twoview.encoder import Encoder, ModelCard, hidden_labels, versions
@@ -100,6 +100,9 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     save = callbacks.SaveCheckpoints(run_dir / "checkpoints")
     signals, logger = callbacks.SignalHandler(save), callbacks.TrainingLogger(settings.log_every)
     check = _feature_check(encoder, images, holdout, save, settings.check_every)
+    if getattr(method, "group_file", None) is not None:  # groups take the place of labels in the batches
+        groups = read_groups(str(method.group_file), images.pretrain)
+        images.pretrain = images.pretrain.with_labels(groups)
     limit = [callbacks.TimeLimit(settings.seconds)] if settings.seconds is not None else []
     hooks = [logger, check, save, signals, callbacks.ProgressBar(logger), callbacks.KeepMemory(), *limit]
     trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
