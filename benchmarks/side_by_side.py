@@ -75,9 +75,17 @@ def table_row(row: Mapping[str, Any]) -> str:
 
 
 def begin(
-    title: str, unit: str, extra_packages: Sequence[str] = (), reference: str = "the last", **facts: Any
+    title: str,
+    unit: str = "",
+    extra_packages: Sequence[str] = (),
+    reference: str = "the last",
+    columns: Sequence[str] = (),
+    **facts: Any,
 ) -> dict[str, Any]:
-    """Print the head of the table, and return the provenance: command, commit, versions, hardware and ``facts``."""
+    """Print the head of the table, and return the provenance: command, commit, versions, hardware and ``facts``.
+
+    ``columns`` are by default those of the rows of :func:`rates`.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     known = record.begin("benchmark", "", {}, "", 0, Path())
@@ -90,7 +98,8 @@ def begin(
     found |= facts
     print(f"{title}\n", file=sys.stderr)
     print("\n".join(f"* {key}: {value}" for key, value in found.items()))
-    print(f"\n| setting | implementation | {unit} | ratio to {reference} |\n|---|---|---|---|", flush=True)
+    columns = columns or ("setting", "implementation", unit, f"ratio to {reference}")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     return found
 
 

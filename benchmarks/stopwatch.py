@@ -15,8 +15,8 @@ def seconds_of_steps(step: Callable[[Any], Any], batches: Iterable[Any], steps: 
 
     Args:
         step: function of a batch.
-        batches: an iterable of at least ``WARM_UP + steps`` batches. With loader processes it should have as many more as these
-            prefetch, so that they are busy until the end as in a long epoch.
+        batches: an iterable of at least ``WARM_UP + steps`` batches. With loader processes it should have as many more
+            as these prefetch, so that they are busy until the end as in a long epoch.
         steps: number of batches whose time is measured, including the time to load them.
     """
     source = iter(batches)

@@ -24,6 +24,7 @@ SMALL = {
         ],
     ),
     "gpu.py": (["--small", "--repeats", "1"], ["twoview fast", "twoview fused", "twoview kornia", "stock Kornia"]),
+    "losses.py": (["--images", "16", "--repeats", "1"], ["twoview", "plain"]),
     "data.py": (
         ["--smoke", "--steps", "1"],
         [
