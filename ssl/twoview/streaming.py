@@ -121,12 +121,13 @@ class _MeanLoss(torch.autograd.Function):
         for start in range(0, len(anchors), size):
             block = slice(start, start + size)
             logits = _logits(anchors[block], product, rows, block)
-            loss, d_positive, weights = _block(logits, positive[block], rows, 1 / len(anchors))
+            loss, d_positive, weights, factor = _block(logits, positive[block], rows, 1 / len(anchors))
             total += loss
+            # The gradient by the logits is factor * weights; the factor is applied to the smaller matrices.
             if of_anchors is not None:
-                torch.mm(weights, candidates, out=of_anchors[block])
+                torch.mm(weights, candidates, out=of_anchors[block]).mul_(factor)
             if of_candidates is not None:
-                of_candidates.addmm_(weights.T, anchors[block])
+                of_candidates.addmm_(weights.T, anchors[block] * factor)
             if of_positive is not None:
                 of_positive[block] = d_positive
         return total
@@ -151,8 +152,11 @@ def _logits(anchors: Tensor, candidates: Tensor, rows: Rows, block: slice) -> Te
     return logits
 
 
-def _block(logits: Tensor, positive: Tensor, rows: Rows, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of a block times ``share``, and its gradients by the positives and by the logits."""
+def _block(logits: Tensor, positive: Tensor, rows: Rows, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of the losses of a block times ``share``, and its gradients by the positives and by the logits.
+
+    The latter is a product of two tensors, ``[B, M]`` and ``[B, 1]``. The logits are overwritten.
+    """
     largest = logits.amax(1, keepdim=True)
     any_negative = largest > -torch.inf
     largest = torch.where(any_negative, largest, 0.0)
@@ -166,8 +170,11 @@ def _block(logits: Tensor, positive: Tensor, rows: Rows, share: float) -> tuple[
     share_B = any_negative[:, 0].to(positive.dtype) * share
     of_positive, of_sums = by_positive * share_B, [by_sum * share_B for by_sum in by_sums]
     # The derivative of a log-sum by a logit is scale * power / sum.
-    factors = [s * g / x.clamp(min=1) for s, g, x in zip(rows.scales, of_sums, sums, strict=True)]
-    weights = powers[0].mul_(factors[0][:, None])
-    for power, factor in zip(powers[1:], factors[1:], strict=True):
-        weights.addcmul_(power, factor[:, None])
-    return losses @ share_B, of_positive, weights
+    parts = zip(rows.scales, of_sums, sums, strict=True)
+    weights, factor, *others = powers[0], *((s * g / x.clamp(min=1))[:, None] for s, g, x in parts)
+    if others:
+        weights.mul_(factor)
+        for power, other in zip(powers[1:], others, strict=True):
+            weights.addcmul_(power, other)
+        factor = torch.ones_like(factor)
+    return losses @ share_B, of_positive, weights, factor
