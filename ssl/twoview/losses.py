@@ -19,7 +19,7 @@ cosine similarity / temperature.
 The gradient passes through the weights of "dclw" and "hard", as in the code of the authors
 (raminnakhli/Decoupled-Contrastive-Learning and joshr17/HCL on GitHub).
 
-Options of the losses are keywords, see :class:`twoview.variants.LossOptions`.
+Options are keywords, see :class:`twoview.variants.LossOptions`.
 """
 
 import math
@@ -89,14 +89,15 @@ def nt_xent(
     n = len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):  # bf16 logits lose digits at small temperatures
         z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
-        positive = _weighted((z_2ND[:n] * z_2ND[n:]).sum(1), variant, parameters)
         images = torch.arange(n, device=z_a.device)[anchors]
         views = torch.cat([images, images + n])
         own = torch.stack([views, views.roll(len(images))], 1)
         rows = views % n
         known = None if same is None else _known(same, rows)
-        z = z_2ND if len(images) == n else z_2ND[views]
-        return _contrast(z, z_2ND, positive[rows], temperature, variant, parameters, own, known)
+        z, partners = z_2ND[views], z_2ND[own[:, 1]]
+        if variant == "dclw":
+            partners = partners * _weights((z_2ND[:n] * z_2ND[n:]).sum(1), parameters)[rows]
+        return _contrast(z, partners, z_2ND, temperature, variant, parameters, own, known)
 
 
 def info_nce(
@@ -135,9 +136,10 @@ def info_nce(
     parameters = check_loss_arguments(temperature, variant, **options)
     with torch.autocast(q.device.type, enabled=False):
         q_ND, k_ND, negatives_KD = l2_normalize(q), l2_normalize(k), l2_normalize(negatives)
-        positive = _weighted((q_ND * k_ND).sum(1), variant, parameters)
         known = equal_ids(*same) if isinstance(same, tuple) else None if same is None else same.__getitem__
-        return _contrast(q_ND, negatives_KD, positive, temperature, variant, parameters, None, known)
+        if variant == "dclw":
+            k_ND = k_ND * _weights((q_ND * k_ND).sum(1), parameters)
+        return _contrast(q_ND, k_ND, negatives_KD, temperature, variant, parameters, None, known)
 
 
 def moco_v3_loss(
@@ -204,8 +206,7 @@ def batch_nce(q: Tensor, k: Tensor, temperature: float | Tensor, anchors: slice 
     with torch.autocast(q.device.type, enabled=False):
         q_ND, k_ND = l2_normalize(q[anchors]), l2_normalize(k)
         own = torch.arange(len(k), device=k.device)[anchors]
-        positive = (q_ND * k_ND[anchors]).sum(1)
-        return _contrast(q_ND, k_ND, positive, temperature, "infonce", parameters, own[:, None])
+        return _contrast(q_ND, k_ND[anchors], k_ND, temperature, "infonce", parameters, own[:, None])
 
 
 def sup_con(
@@ -232,8 +233,7 @@ def sup_con(
     _require_pairs("sup_con", z_a, z_b)
     if labels.shape != z_a.shape[:1]:
         raise ValueError(f"sup_con needs labels [{len(z_a)}], not {list(labels.shape)}")
-    parameters = check_loss_arguments(temperature)
-    n = len(z_a)
+    parameters, n = check_loss_arguments(temperature), len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):
         z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
         # The mean logit of the positives is the logit of their mean. Row c of ``sums`` is the sum over all views of a
@@ -244,22 +244,22 @@ def sup_con(
         count = z_2ND.new_zeros(2 * n).index_put((rows,), z_2ND.new_full((n,), 2.0), accumulate=True)
         views = torch.cat([images[anchors], images[anchors] + n])
         z, classes = z_2ND[views], rows[views % n]
-        positive = (z * (sums[classes] - z)).sum(1) / (count[classes] - 1)
+        positives = (sums[classes] - z) / (count[classes] - 1)[:, None]
         # "dcl": the sum of the denominator contains the positives already.
-        return _contrast(z, z_2ND, positive, temperature, "dcl", parameters, views[:, None])
+        return _contrast(z, positives, z_2ND, temperature, "dcl", parameters, views[:, None])
 
 
 def _contrast(
     anchors: Tensor,
+    positives: Tensor,
     candidates: Tensor,
-    positive: Tensor,
     temperature: float | Tensor,
     variant: Variant,
     parameters: dict[str, Any],
     own: Tensor | None = None,
     same: Callable[[slice], Tensor] | None = None,
 ) -> Tensor:
-    """Mean loss of unit vectors with similarities ``positive`` ``[N]`` to their positives; see :func:`mean_loss`."""
+    """Mean loss of ``anchors`` and ``positives`` ``[N, D]`` with the negatives ``candidates``; see :class:`Rows`."""
     beta, limit = parameters.get("beta", 0.0), parameters["mask_above"]
 
     def infonce(positive: Tensor, log_sums: list[Tensor], count: Tensor | None) -> RowLosses:
@@ -288,7 +288,9 @@ def _contrast(
         above=None if limit is None else limit / temperature,
         products=parameters["products"] or "full",
     )
-    return mean_loss(anchors / temperature, candidates, positive / temperature, rows)
+    # All logits of a row are products with the same rounded numbers, so that their differences are precise.
+    queries = anchors / temperature
+    return mean_loss(queries, candidates, (queries * positives).sum(1), rows)
 
 
 def _known(same: Tensor, rows: Tensor) -> Callable[[slice], Tensor]:
@@ -298,11 +300,9 @@ def _known(same: Tensor, rows: Tensor) -> Callable[[slice], Tensor]:
     return lambda block: same[rows[block]].repeat(1, 2)
 
 
-def _weighted(positive: Tensor, variant: Variant, parameters: dict[str, Any]) -> Tensor:
-    """Similarities ``[N]`` of all positives, multiplied by their weights in variant "dclw"."""
-    if variant != "dclw":
-        return positive
-    return positive * (2 - torch.softmax(positive / parameters["sigma"], 0) * len(positive))
+def _weights(similarity: Tensor, parameters: dict[str, Any]) -> Tensor:
+    """Weights ``[N, 1]`` of variant "dclw" from the similarities ``[N]`` of all positives."""
+    return (2 - torch.softmax(similarity / parameters["sigma"], 0) * len(similarity))[:, None]
 
 
 @overload
