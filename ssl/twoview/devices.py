@@ -103,6 +103,27 @@ def require_memory(knobs: str, needed: float, advice: str, device: torch.device 
     require(needed <= available, f"{knobs}: {message}; {advice}")
 
 
+def size_in_bytes(knob: str, size: float | str) -> float:
+    """Parse a size in bytes.
+
+    Args:
+        knob: name of the knob that sets the size, for the message.
+        size: number of bytes, at least 0, or a text such as "500MB", "2GB" or "1.5GiB".
+
+    Raises:
+        UserError: if ``size`` is neither.
+
+    Example:
+        >>> size_in_bytes("data.memory", "2GB")
+        2000000000.0
+    """
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?) ?([KMGT]?)(i?)B?", str(size), re.IGNORECASE)
+    if match is None:
+        raise UserError(f"{knob}={size}: give a number of bytes, at least 0, or a size such as 2GB")
+    return float(match[1]) * float(1024 if match[3] else 1000) ** powers[match[2].upper()]
+
+
 def available_memory(device: torch.device, root: Path = Path("/")) -> float:
     """Return the number of bytes that this process can have on a device, infinity if it is not known.
 

@@ -17,8 +17,8 @@ from twoview.data.image_data import ImageData
 from twoview.data.images import Images, LazyImages, TensorImages, split_labels
 from twoview.data.preprocess import stored_size
 from twoview.data.scan import read_all
-from twoview.devices import available_memory, explained_memory, require_memory
-from twoview.errors import UserError, require, require_at_least
+from twoview.devices import available_memory, explained_memory, require_memory, size_in_bytes
+from twoview.errors import require, require_at_least
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,7 @@ class LoadSettings:
     @property
     def memory_bytes(self) -> float | None:
         """``memory`` in bytes."""
-        if self.memory is None:
-            return None
-        powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-        match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?) ?([KMGT]?)(i?)B?", str(self.memory), re.IGNORECASE)
-        if match is None:
-            raise UserError(f"data.memory={self.memory}: give a number of bytes, at least 0, or a size such as 2GB")
-        return float(match[1]) * float(1024 if match[3] else 1000) ** powers[match[2].upper()]
+        return None if self.memory is None else size_in_bytes("data.memory", self.memory)
 
 
 def find_shards(roots: Places, knob: str, suffixes: tuple[str, ...]) -> list[str]:
