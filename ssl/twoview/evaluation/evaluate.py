@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from twoview.augment import TwoViews
-from twoview.data import ImageData, Images
+from twoview.data import ImageData
 from twoview.devices import explained_memory
 from twoview.encoder import Encoder, ModelCard, hidden_labels
-from twoview.errors import require
 from twoview.evaluation.cache import cached, key
+from twoview.evaluation.feature_store import network_features, pixel_features
 from twoview.evaluation.integrity import SIDE, Shared, thumbnails
 from twoview.evaluation.measure import Inputs, Labelled, Measure
 from twoview.evaluation.probe import Prediction, score
@@ -75,12 +75,14 @@ def evaluate(
         side = min(SIDE, max(train.size, test.size))
         small = {"train": thumbnails(train, side), "test": thumbnails(test, side)}
 
+    stored = (settings.memory, settings.cache)
+
     def inputs(name: str, network: Encoder | None) -> Inputs:
         log.info("evaluation: %s", name)
         ours, theirs = (
-            small[split].pixels.flatten(1).float() / 255
+            pixel_features(small[split].pixels, *stored)
             if network is None
-            else _features(network.to(encoder.device), source, images.batch_size, settings.cache)
+            else network_features(network.to(encoder.device), source, images.batch_size, *stored)
             for split, source in (("train", train), ("test", test))
         )
         return Inputs(
@@ -184,17 +186,3 @@ def take(measures: Sequence[Measure], inputs: Inputs, labels: Tensor) -> tuple[d
 def _is_result(measures: Sequence[Measure], found: Any) -> bool:
     names = {measure.name for measure in measures}
     return isinstance(found, dict) and found.keys() <= names and all(isinstance(row, dict) for row in found.values())
-
-
-def _features(encoder: Encoder, images: Images, batch_size: int, cache: str | None) -> Tensor:
-    name = partial(key, encoder.network, encoder.preprocess, images)
-
-    def fits(found: Any) -> bool:
-        equal = isinstance(found, Tensor) and found.dtype == torch.float32
-        return equal and found.shape == (len(images), encoder.width)
-
-    features = cached(cache, name, partial(encoder.feature_matrix, images, batch_size), fits)
-    bad = int((~features.isfinite()).any(1).sum())
-    message = f"{bad} of {len(features)} images have features that are not finite; take an earlier checkpoint"
-    require(not bad, f"checkpoint: {message}")
-    return features

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from twoview.errors import require, require_at_least, require_choice
 from twoview.evaluation.clustering import Clustering
+from twoview.evaluation.feature_store import memory_limit
 from twoview.evaluation.few_labels import FewLabels
 from twoview.evaluation.geometry import Geometry
 from twoview.evaluation.integrity import Integrity
@@ -46,6 +47,8 @@ class EvaluationSettings:
         map: projection of the features to two dimensions in the report, "pca" or "umap" (needs the extra "umap").
         baselines: evaluate random initialization and raw pixels beside the trained network.
         cache: folder in which features are stored for the next evaluation; None to store nothing.
+        memory: largest size of the features of one split to hold in memory, in bytes or as "500MB" or "2GB"; larger
+            features are mapped into memory from a file. None for a quarter of the free memory.
 
     Raises:
         UserError: if a value is out of range.
@@ -61,12 +64,14 @@ class EvaluationSettings:
     map: Literal["pca", "umap"] = "pca"
     baselines: bool = True
     cache: str | None = None
+    memory: float | str | None = None
 
     def __post_init__(self) -> None:
         require(self.measures, f"eval.parts=[]: choose one or more of {', '.join(MEASURES)}")
         require(0 < self.holdout < 1, f"eval.holdout={self.holdout}: give a share of the labels between 0 and 1")
         require_at_least("eval", 100, bootstrap=self.bootstrap)
         require_choice("eval", ("pca", "umap"), map=self.map)
+        memory_limit(self.memory)
         installed = self.map == "pca" or importlib.util.find_spec("umap")
         require(installed, 'eval.map=umap: is not installed; pip install "twoview[umap]"')
 
