@@ -8,7 +8,10 @@ from short_runs import make_inputs, take_measures
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from twoview.data import split_holdout
 from twoview.evaluation.linear import Linear
+from twoview.evaluation.logistic import fit_linear
+from twoview.evaluation.probe import accuracy, linear_classes
 from twoview.evaluation.settings import EvaluationSettings
 
 
@@ -69,7 +72,7 @@ def test_without_batch_norm_constant_dimensions_only_change_the_scale(scale):
 def test_constant_features_predict_the_most_frequent_class(constant):
     labels = torch.tensor([0, 1, 1, 2, 1] * 6)
     for n in (30, 5):
-        for measure in (Linear(), Linear(batch_norm=False)):
+        for measure in (Linear(), Linear(batch_norm=False), Linear(l2_images=3)):
             found = predict(measure, torch.full((n, 8), constant), labels[:n], torch.full((4, 8), constant), 3)
             assert found.classes.tolist() == [1] * 4
 
@@ -79,3 +82,45 @@ def test_the_classifier_of_a_prediction_gives_its_classes():
     found = predict(Linear(), features, labels, test)
     assert torch.equal(found.classify(test), found.classes)
     assert torch.equal(found.probabilities.argmax(1), found.classes)
+
+
+def test_the_bounded_choice_is_fixed_by_the_seed():
+    (features, labels), (test, _) = blobs(400, spread=4.0), blobs(seed=1)
+    measure = Linear(l2=(1.0, 1e-2, 1e-4), l2_images=100)
+    first, again, other = (
+        measure.choose(make_inputs(features, labels, test, seed=seed, split_seed=0), {}) for seed in (0, 0, 1)
+    )
+    assert first.chosen == again.chosen
+    assert torch.equal(first.probabilities, again.probabilities)
+    assert first.chosen["val_top1"] != other.chosen["val_top1"]
+
+
+def test_with_a_bounded_choice_all_training_images_are_fitted():
+    (features, labels), (test, _) = blobs(400, spread=4.0), blobs(seed=1)
+    found = predict(Linear(l2=(1e-1, 1e-2), l2_images=50), features, labels, test)
+    scaler = StandardScaler().fit(features)
+    model = LogisticRegression(C=1 / (found.chosen["l2"] * 400), max_iter=5000, tol=1e-8)
+    expected = model.fit(scaler.transform(features), labels).predict_proba(scaler.transform(test))
+    np.testing.assert_allclose(found.probabilities, expected, atol=3e-3)
+    assert found.chosen["converged"]
+
+
+def test_a_bound_that_is_not_reached_changes_nothing():
+    (features, labels), (test, _) = blobs(400, spread=4.0), blobs(seed=1)
+    results = [predict(Linear(l2_images=bound), features, labels, test) for bound in (320, 20_000)]
+    assert results[0].chosen == results[1].chosen
+    assert torch.equal(results[0].probabilities, results[1].probabilities)
+
+
+def test_the_choice_on_a_part_is_corrected_on_all_fitted_images():
+    features, labels = blobs(4000, 4, 30, seed=1, spread=4.0)
+    grid = (10.0, 1.0, 1e-1, 1e-2, 1e-3)
+    inputs = make_inputs(features, labels, features[:8])
+    fitted, held_out = inputs.split()
+    part = fitted[split_holdout(labels[fitted], 39.5 / len(fitted), 0)[1]]
+    assert len(part) == 40
+    probes, _ = fit_linear(features[part], labels[part], grid)
+    alone = [accuracy(linear_classes(probe, features, held_out), labels[held_out]) for probe in probes]
+    assert grid[np.argmax(alone)] == 1.0
+    assert Linear(l2=grid, l2_images=40).choose(inputs, {}).chosen["l2"] == 1e-2
+    assert Linear(l2=grid).choose(inputs, {}).chosen["l2"] == 1e-2

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 MIN_VARIANCE = 1e-7  # smallest variance of a principal direction, relative to the largest one
+HISTORY_NUMBERS = 2**28  # largest number of values that L-BFGS keeps of earlier steps
 
 
 def feature_scale(features: Tensor, per_feature: bool = True) -> Tensor:
@@ -69,12 +70,15 @@ def fit_linear(
     standard = (features - mean) / scale
     variances, directions = _principal_directions(standard)
     rotated = standard @ directions
-    penalties = torch.tensor(l2, dtype=torch.float32)
+    penalties = torch.tensor(l2, dtype=torch.float32, device=features.device)
     # At zero weights the softmax contributes covariance / C to the Hessian.
     unit = (variances.clamp(min=0) / classes + penalties[:, None]).rsqrt()[..., None]  # [P, R, 1]
-    weights = torch.zeros(len(l2), len(variances), classes, requires_grad=True)
-    intercepts = torch.zeros(len(l2), 1, classes, requires_grad=True)
+    weights, intercepts = (
+        torch.zeros(len(l2), size, classes, device=features.device, requires_grad=True) for size in (len(variances), 1)
+    )
     limits: dict[str, Any] = {"max_iter": max_iterations, "max_eval": 2 * max_iterations}
+    # L-BFGS keeps two copies of the weights for each of its latest steps.
+    limits["history_size"] = max(10, min(100, HISTORY_NUMBERS // (2 * weights.numel() + 1)))
     optimizer = torch.optim.LBFGS([weights, intercepts], **limits, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
     rows = max(1, 2**24 // (len(l2) * classes))
 

@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
+
+SCORES = 2**24  # largest number of class scores that are computed at once
 
 
 class Prediction(NamedTuple):
@@ -144,8 +147,30 @@ def linear_prediction(probe: Tensor, test: Tensor, chosen: dict[str, Any]) -> Pr
         test: fp32 ``[T, F]``, features of the test images.
         chosen: see :class:`Prediction`.
     """
-    scores = linear_scores(probe, test)
-    return Prediction(scores.argmax(1), chosen, scores.softmax(1), lambda x: linear_scores(probe, x).argmax(1))
+    parts = test.split(max(1, SCORES // probe.shape[1]))
+    probabilities = torch.empty(len(test), probe.shape[1])
+    classes, row = [], 0
+    for part in parts:
+        scores = linear_scores(probe, part)
+        classes.append(scores.argmax(1))
+        probabilities[row : row + len(part)] = scores.softmax(1)
+        row += len(part)
+    return Prediction(torch.cat(classes), chosen, probabilities, lambda x: linear_scores(probe, x).argmax(1))
+
+
+def linear_classes(probe: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+    """Classify some images by a linear probe, in blocks, so that features in a file are not copied to memory.
+
+    Args:
+        probe: fp32 ``[F + 1, C]``, weights with the intercept in the last row.
+        features: fp32 ``[N, F]``.
+        positions: int64 ``[M]``, positions of the images in ``features``.
+
+    Returns:
+        int64 ``[M]``, predicted classes.
+    """
+    parts = positions.split(max(1, SCORES // probe.shape[1]))
+    return torch.cat([linear_scores(probe, features[part]).argmax(1) for part in parts])
 
 
 def linear_scores(probe: Tensor, features: Tensor) -> Tensor:
