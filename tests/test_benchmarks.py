@@ -34,6 +34,7 @@ SMALL = {
             *[f"torchvision v1, {workers} workers" for workers in (0, 2)],
         ],
     ),
+    "probe.py": (["--smoke"], ["penalty chosen on 1,000 images"] * 2),
 }
 
 
