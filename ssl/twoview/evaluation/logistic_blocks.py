@@ -94,7 +94,9 @@ class Regression:
 
     def curvature(self, weights: Tensor) -> Tensor:
         """Return the diagonal of the Hessian ``[R + 1, C]`` of the mean cross-entropy, estimated on some images."""
-        some = torch.linspace(0, len(self.labels) - 1, min(CURVATURE_ROWS, len(self.labels))).long()
+        count = len(self.labels)
+        # fp32 could not represent the positions of more than 2^24 images.
+        some = torch.linspace(0, count - 1, min(CURVATURE_ROWS, count), dtype=torch.float64).long()
         total = torch.zeros_like(weights)
         for part in some.split(self.rows):
             x, y = self._block(part)
@@ -176,7 +178,8 @@ def minimize(
             identity, this is the distance of the function from its minimum.
 
     Returns:
-        The point, and whether the search ended within ``max_iterations``.
+        The point, and whether the search ended within ``max_iterations``: at the tolerance, or where the value no
+        longer changes but for rounding.
     """
     point, (value, gradient) = start, objective(start)
     steps: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
