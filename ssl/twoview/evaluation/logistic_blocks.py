@@ -12,7 +12,7 @@ from twoview.evaluation.logistic import MIN_VARIANCE
 
 log = logging.getLogger(__name__)
 
-BLOCK = 2**22  # largest number of class scores that are computed at once
+BLOCK = 2**22  # largest number of features and class scores that are processed at once
 CURVATURE_ROWS = 20_000  # number of images from which the diagonal of the Hessian is estimated
 TOLERANCE = 1e-6  # estimated distance of the objective from its minimum at which a fit has converged
 ROUNDING = 1e-9  # change of the objective, relative to its value, below which a fit ends
@@ -33,7 +33,7 @@ class Regression:
         class_weights: fp32 ``[C]``, factor of the cross-entropy of each class; None for 1.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
         device: CUDA device to which blocks of rows are copied; otherwise, the device of the features is used.
-        rows: number of rows of a block; None for a number that depends on C.
+        rows: number of rows of a block; None for a number that depends on F and C.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Regression:
         self.features, self.labels, self.classes = features, labels, classes
         weights = torch.ones(classes) if class_weights is None else class_weights
         self.class_weights, self.label_smoothing = weights.to(self.device), label_smoothing
-        self.rows = rows or max(256, BLOCK // classes)
+        self.rows = rows or max(256, BLOCK // (classes + features.shape[1]))
         self.mean, scale = features.mean(0).to(self.device), scale.to(self.device)
         width = features.shape[1]
         covariance = torch.zeros(width, width, dtype=torch.float64, device=self.device)

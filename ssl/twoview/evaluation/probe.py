@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-SCORES = 2**24  # largest number of class scores that are computed at once
+BLOCK = 2**24  # largest number of features and class scores that are processed at once
 
 
 class Prediction(NamedTuple):
@@ -147,7 +147,7 @@ def linear_prediction(probe: Tensor, test: Tensor, chosen: dict[str, Any]) -> Pr
         test: fp32 ``[T, F]``, features of the test images.
         chosen: see :class:`Prediction`.
     """
-    parts = test.split(max(1, SCORES // probe.shape[1]))
+    parts = test.split(max(1, BLOCK // sum(probe.shape)))
     probabilities = torch.empty(len(test), probe.shape[1])
     classes, row = [], 0
     for part in parts:
@@ -169,7 +169,7 @@ def linear_classes(probe: Tensor, features: Tensor, positions: Tensor) -> Tensor
     Returns:
         int64 ``[M]``, predicted classes.
     """
-    parts = positions.split(max(1, SCORES // probe.shape[1]))
+    parts = positions.split(max(1, BLOCK // sum(probe.shape)))
     return torch.cat([linear_scores(probe, features[part]).argmax(1) for part in parts])
 
 
