@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoview import metrics
 
@@ -89,3 +90,80 @@ def test_knn_does_not_depend_on_the_chunk_size():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     for a, b in zip(metrics.knn_neighbors(x, x, 5, chunk=7), metrics.knn_neighbors(x, x, 5), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize(("bank", "k"), [(70_000, 7), (40_000, 300), (33_000, 40_000), (5000, 5)])
+def test_blocks_of_the_bank_give_the_neighbors_of_one_whole_ranking(bank, k):
+    generator = torch.Generator().manual_seed(0)
+    x, queries = torch.randn(bank, 6, generator=generator), torch.randn(5, 6, generator=generator)
+    whole = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(x, dim=1).T
+    expected = whole.sort(1, descending=True).values[:, :k]
+    similarity, position = metrics.knn_neighbors(x, queries, k, chunk=2)
+    assert_close(similarity, expected, rtol=0, atol=1e-6)
+    assert_close(whole.gather(1, position), similarity, rtol=0, atol=1e-6)
+    assert all(len(set(row.tolist())) == expected.shape[1] for row in position)
+
+
+def test_of_many_equal_vectors_any_are_neighbors_but_never_a_less_similar_one():
+    x = torch.eye(2).repeat(20_000, 1)  # even positions equal the query
+    similarity, position = metrics.knn_neighbors(x, torch.tensor([[1.0, 0.0]]), 150)
+    assert (similarity == 1).all()
+    assert (position % 2 == 0).all()
+    assert len(position.unique()) == 150
+
+
+@pytest.mark.parametrize("n", [2049, 5000])
+def test_blocks_of_pairs_give_the_uniformity_of_all_pairs(n):
+    z = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    u = torch.nn.functional.normalize(z.double(), dim=1)
+    squared = 2 - 2 * u @ u.T
+    pairs = squared[torch.ones_like(squared, dtype=torch.bool).triu(1)]
+    assert metrics.uniformity(z) == pytest.approx(float((-2 * pairs).exp().mean().log()), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [8192, 8193, 20_000])
+def test_the_gram_matrix_of_many_rows_gives_the_effective_rank_of_their_singular_values(n):
+    z = torch.randn(n, 20, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -4, 20)
+    s = torch.linalg.svdvals(z.double())
+    p = s / s.sum() + 1e-7
+    assert metrics.effective_rank(z) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-5)
+    assert metrics.effective_rank(torch.zeros(n, 3)) == 0
+
+
+def test_votes_of_many_queries_are_those_of_each_query():
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.rand(5000, 9, generator=generator).sort(1, descending=True).values
+    labels = torch.randint(0, 4, (5000, 9), generator=generator)
+    found = metrics.knn_vote(similarity, labels, 7, 0.1, 4)
+    for row in (0, 4095, 4096, 4999):
+        votes = [
+            sum(float(s) for s, c in zip((similarity[row] / 0.1).exp()[:7], labels[row], strict=False) if c == k)
+            for k in range(4)
+        ]
+        assert int(found[row]) == votes.index(max(votes))
+
+
+def largest_tensor(call):
+    """Number of elements of the largest tensor that a function makes."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return made
+
+    with Largest() as mode:
+        call()
+    return mode.elements
+
+
+def test_no_tensor_grows_with_the_number_of_pairs():
+    x = torch.randn(70_000, 4, generator=torch.Generator().manual_seed(0))
+    assert largest_tensor(lambda: x @ x[:2000].T) == 140_000_000
+    assert largest_tensor(lambda: metrics.knn_neighbors(x, x[:3000], 3)) <= 1024 * 32_768
+    assert largest_tensor(lambda: metrics.uniformity(x[:6000])) <= 2048**2
+    assert largest_tensor(lambda: metrics.effective_rank(x)) <= 8192 * 4

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from twoview.losses import l2_normalize
 
+UNIFORMITY_BLOCK = 2048  # rows and columns of a block of pairs
+GRAM_ROWS = 8192  # above this number of rows, effective_rank uses the Gram matrix
+KNN_COLUMNS = 32_768  # vectors of the bank that are compared at once
+GROUP = 16  # columns of which only the maximum is sorted at first
+
 
 @torch.no_grad()
 def alignment(z_a: Tensor, z_b: Tensor) -> float:
@@ -33,7 +38,8 @@ def alignment(z_a: Tensor, z_b: Tensor) -> float:
 def uniformity(z: Tensor) -> float:
     """Logarithm of the mean Gaussian potential of all pairs on the unit sphere, in [-8, 0]; lower is more uniform.
 
-    Wang & Isola 2020, arXiv:2005.10242, with t = 2. Uniformly distributed embeddings tend to -4 for large D.
+    Wang & Isola 2020, arXiv:2005.10242, with t = 2. Uniformly distributed embeddings tend to -4 for large D. Pairs are
+    computed in blocks of 2,048 by 2,048, so that memory does not grow with N^2.
 
     Args:
         z: ``[N, D]`` embeddings, N >= 2, not necessarily normalized.
@@ -42,11 +48,13 @@ def uniformity(z: Tensor) -> float:
         >>> uniformity(torch.eye(3))
         -4.0
     """
-    u = l2_normalize(z)
-    squared = (2 - 2 * (u @ u.T)).clamp(min=0)
-    pairs = torch.triu_indices(len(u), len(u), 1, device=u.device)
-    values = -2 * squared[pairs[0], pairs[1]]
-    return float(values.logsumexp(0) - math.log(len(values)))
+    u, parts = l2_normalize(z), []
+    for i, rows in enumerate(u.split(UNIFORMITY_BLOCK)):
+        for j, columns in enumerate(u.split(UNIFORMITY_BLOCK)[i:]):
+            values = -2 * (2 - 2 * (rows @ columns.T)).clamp(min=0)
+            pairs = torch.ones_like(values, dtype=torch.bool).triu(1)  # each pair once, in blocks on the diagonal
+            parts.append((values if j else values[pairs]).flatten().logsumexp(0))
+    return float(torch.stack(parts).logsumexp(0) - math.log(len(u) * (len(u) - 1) // 2))
 
 
 @torch.no_grad()
@@ -54,7 +62,8 @@ def effective_rank(z: Tensor) -> float:
     """RankMe: exponential of the entropy of the normalized singular values, in [1, min(N, D)].
 
     Garrido et al. 2023, arXiv:2210.02885, eq. 1, with its epsilon of 1e-7. The estimate needs at least 10 D rows. Only
-    values of runs of the same method are comparable.
+    values of runs of the same method are comparable. Above 8,192 rows (and D rows), the singular values are the square
+    roots of the eigenvalues of the Gram matrix ``[D, D]``, which is summed in float64 over blocks of rows.
 
     Args:
         z: ``[N, D]`` embeddings, not centered.
@@ -66,8 +75,12 @@ def effective_rank(z: Tensor) -> float:
         >>> round(effective_rank(torch.eye(4)), 3)
         4.0
     """
-    z = z if z.dtype == torch.float64 else z.float()
-    s = torch.linalg.svdvals(z)
+    if len(z) > max(GRAM_ROWS, z.shape[1]):
+        # float64 does not exist on MPS.
+        parts = ((part.cpu() if part.device.type == "mps" else part).double() for part in z.split(GRAM_ROWS))
+        s = torch.linalg.eigvalsh(sum((part.T @ part for part in parts), torch.tensor(0.0))).clamp(min=0).sqrt()
+    else:
+        s = torch.linalg.svdvals(z if z.dtype == torch.float64 else z.float())
     if float(s.sum()) == 0:
         return 0.0
     p = s / s.sum() + 1e-7
@@ -223,26 +236,67 @@ def mean_average_precision(relevant: Tensor) -> float:
 
 
 @torch.no_grad()
-def knn_neighbors(bank: Tensor, queries: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def knn_neighbors(
+    bank: Tensor, queries: Tensor, k: int, chunk: int = 1024, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Find the k nearest neighbors of each query in the bank by cosine similarity.
+
+    Similarities are computed in blocks of ``chunk`` queries by at most 32,768 vectors of the bank, of which only the k
+    best are kept, so that memory does not grow with N * M. The result is exact: no vector that is left out has a
+    higher similarity, as computed in fp32, than one that is returned. Which of several vectors with the same similarity
+    are returned, and in which order, is not defined.
 
     Args:
         bank: ``[M, D]`` features, not necessarily normalized.
         queries: ``[N, D]`` features, not necessarily normalized.
         k: number of neighbors; if the bank is smaller, M neighbors are returned.
-        chunk: number of queries processed at once; limits memory to ``chunk * M`` similarities.
+        chunk: number of queries processed at once.
+        device: device of the computation, to which blocks are copied; None for the device of the queries.
 
     Returns:
-        Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``, most similar neighbor first.
+        Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``, most similar neighbor first, on the
+        device of the queries.
 
     Example:
         >>> similarity, position = knn_neighbors(torch.eye(3), torch.tensor([[0.0, 4.0, 3.0]]), k=2)
         >>> similarity, position
         (tensor([[0.8000, 0.6000]]), tensor([[1, 2]]))
     """
-    bank_MD = l2_normalize(bank)
-    parts = [(l2_normalize(part) @ bank_MD.T).topk(min(k, len(bank)), dim=1) for part in queries.split(chunk)]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+    device, parts = device or queries.device, queries.split(chunk)
+    best: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, max(1, len(bank)), KNN_COLUMNS):
+        block = l2_normalize(bank[start : start + KNN_COLUMNS].to(device)).T
+        memory = block.new_empty(len(parts[0]) * block.shape[1])  # new memory for each product takes a fifth longer
+        for place, part in enumerate(parts):
+            similarity = memory[: len(part) * block.shape[1]].view(len(part), -1)
+            torch.mm(l2_normalize(part.to(device)), block, out=similarity)
+            values, positions = _top(similarity, min(k, block.shape[1]))
+            if not start:
+                best.append((values, positions))
+                continue
+            known = best[place]
+            values, order = torch.cat([known[0], values], 1).topk(min(k, start + block.shape[1]), dim=1)
+            best[place] = values, torch.cat([known[1], positions + start], 1).gather(1, order)
+    similarity, position = (torch.cat(column).to(queries.device) for column in zip(*best, strict=True))
+    return similarity, position
+
+
+def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row of ``[n, m]`` in decreasing order, and their columns; k <= m."""
+    m = similarity.shape[1]
+    if m < 4096 or m < 4 * GROUP * k:
+        top = similarity.topk(k, dim=1)
+        return top.values, top.indices
+    # To sort is slow. The k groups with the largest maxima hold k values that are at least as large as every value of
+    # the other groups. Column j of group i is j * groups + i, so that maxima are taken over whole rows of memory.
+    groups = m // GROUP
+    maxima = similarity[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
+    members = torch.arange(GROUP, device=similarity.device)[:, None] * groups
+    columns = (maxima.topk(k, dim=1, sorted=False).indices[:, None] + members).flatten(1)
+    rest = torch.arange(groups * GROUP, m, device=similarity.device).expand(len(similarity), -1)
+    columns = torch.cat([columns, rest], 1)
+    values, order = similarity.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, order)
 
 
 @torch.no_grad()
@@ -265,11 +319,13 @@ def knn_vote(similarity: Tensor, labels: Tensor, k: int, temperature: float, cla
         >>> knn_vote(torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([[2, 1, 1]]), k=3, temperature=1.0, classes=3)
         tensor([1])
     """
-    s = similarity[:, :k]
-    # Weights relative to the nearest neighbor give the same vote, and exp(1 / 0.001) does not overflow.
-    weights = ((s - s[:, :1]) / temperature).exp()
-    votes = s.new_zeros(len(s), classes).scatter_add_(1, labels[:, :k], weights)
-    return votes.argmax(1)
+    found = []
+    # In blocks of rows, since votes are [N, classes].
+    for s, classes_of in zip(similarity[:, :k].split(4096), labels[:, :k].split(4096), strict=True):
+        # Weights relative to the nearest neighbor give the same vote, and exp(1 / 0.001) does not overflow.
+        weights = ((s - s[:, :1]) / temperature).exp()
+        found.append(s.new_zeros(len(s), classes).scatter_add_(1, classes_of, weights).argmax(1))
+    return torch.cat(found)
 
 
 def knn_predict(

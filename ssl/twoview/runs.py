@@ -15,12 +15,11 @@ from twoview.devices import pick_device
 from twoview.encoder import Encoder, load
 from twoview.errors import require
 from twoview.evaluation.compare import compare as compare_runs, comparison_tables
-from twoview.evaluation.evaluate import evaluate as evaluate_encoder
 from twoview.evaluation.finetune import FineTuning, Supervised, finetune as finetune_encoder
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
 from twoview.files import write_atomically
 from twoview.optim import OptimizerSettings
-from twoview.reporting import figures, files, pages, record, tables
+from twoview.reporting import evaluation, figures, files, pages, record, tables
 from twoview.schedules import warmup_cosine
 from twoview.training.pretraining import Data, prepare, train
 from twoview.training.resume import check_folder, exclusive, finished_report
@@ -63,7 +62,8 @@ def pretrain(
 
     Raises:
         UserError: if the arguments are invalid, or training diverges or runs out of memory.
-        twoview.errors.Interrupted: if a signal stopped the run; a checkpoint has been saved.
+        twoview.errors.Interrupted: if a signal stopped the run; a checkpoint has been saved. If Ctrl-C stopped the
+            evaluation, the report with the finished parts has been written.
 
     Example:
         >>> from functools import partial
@@ -122,6 +122,7 @@ def evaluate(
 
     Raises:
         UserError: if there is no such checkpoint, or the images do not fit the network.
+        twoview.errors.Interrupted: if Ctrl-C was pressed; the report with the finished parts has been written.
 
     Example:
         >>> from twoview.data import digits
@@ -336,13 +337,7 @@ def _views(augment: Callable[..., TwoViews], encoder: Encoder, images: ImageData
 def _evaluate(
     report: Report, encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings
 ) -> Report:
-    run_dir = Path(report["run_dir"])
-    found, evidence = evaluate_encoder(encoder, images, views, settings, report["seed"])
-    files.write_evidence(evidence, images, run_dir)
-    report = record.write(report | found | _test(images), run_dir)
-    if report["task"] == "evaluate":
-        pages.write_pages(report, evidence, images, views, run_dir)
-    return report
+    return evaluation.evaluate_and_write(report | _test(images), encoder, images, views, settings)
 
 
 def _test(images: ImageData) -> Report:

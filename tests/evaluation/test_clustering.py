@@ -7,6 +7,7 @@ from short_runs import make_inputs
 from sklearn.cluster import KMeans
 from sklearn.metrics import mutual_info_score
 
+from twoview.evaluation import clustering
 from twoview.evaluation.clustering import Clustering, cluster, clustering_figures
 
 
@@ -67,3 +68,14 @@ def test_the_measure_clusters_before_labels_are_read():
     measure = Clustering()
     assigned = measure.choose(inputs, {})
     assert measure.score(assigned, inputs, labels) == clustered(features, labels, inputs.classes)
+
+
+def test_many_images_are_clustered_by_mini_batches_as_well_as_by_all(monkeypatch):
+    features, labels = cloud(12_000, 8, 6)
+    features += 2 * torch.nn.functional.one_hot(labels, 8)
+    few = clustered(features, labels, 6)
+    monkeypatch.setattr(clustering, "MINI_BATCH_ROWS", 12_000)
+    every = clustered(features, labels, 6)
+    assert few != every  # another algorithm
+    assert few["nmi"] == pytest.approx(every["nmi"], abs=0.03)
+    assert few["clusters"] == 6

@@ -11,7 +11,10 @@ from torchmetrics.functional.retrieval import (
     retrieval_reciprocal_rank,
 )
 
+from twoview import metrics
+from twoview.evaluation import neighbors
 from twoview.evaluation.retrieval import Retrieval, retrieval_figures
+from twoview.losses import l2_normalize
 
 
 def cloud(n=60, d=7, classes=4, seed=0):
@@ -63,6 +66,54 @@ def test_the_measure_searches_where_it_is_told(where):
     measure = Retrieval(retrieval=where, ranks=(2,))
     found = measure.score(None, make_inputs(*gallery, queries), labels)
     assert found == retrieval_figures(queries, labels, gallery if where == "gallery" else None, ranks=(2,))
+
+
+def by_sorting(queries, labels, gallery=None, ranks=(1, 5, 10)):
+    """Figures of whole rankings, in which irrelevant results come first among equally similar ones."""
+    bank, bank_labels = gallery or (queries, labels)
+    similarity = l2_normalize(queries) @ l2_normalize(bank).T
+    relevant = labels[:, None] == bank_labels
+    if gallery is None:
+        relevant.fill_diagonal_(False)
+        similarity.fill_diagonal_(-torch.inf)
+    first = relevant.int().argsort(dim=1, stable=True)
+    order = first.gather(1, similarity.gather(1, first).argsort(dim=1, stable=True, descending=True))
+    ranked = relevant.gather(1, order)[relevant.any(1)]
+    return {
+        **{f"recall@{k}": metrics.recall_at_k(ranked, k) for k in ranks},
+        **{f"precision@{k}": metrics.precision_at_k(ranked, k) for k in ranks},
+        "mean_reciprocal_rank": metrics.mean_reciprocal_rank(ranked),
+        "mean_average_precision": metrics.mean_average_precision(ranked),
+        "queries": len(ranked),
+        "left_out": len(queries) - len(ranked),
+    }
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 64])
+@pytest.mark.parametrize("case", ["leave one out", "gallery", "ties", "unequal classes", "classes only in queries"])
+def test_blocks_give_the_figures_of_whole_rankings(case, chunk):
+    queries, labels = cloud(300, 5)
+    gallery = cloud(170, 5, seed=1) if case in ("gallery", "classes only in queries") else None
+    if case == "ties":
+        queries = torch.eye(5)[queries.argmax(1)] * queries.mean(1, keepdim=True).sign()  # similarities -1, 0 and 1
+    if case == "unequal classes":
+        labels = (torch.arange(300).sqrt() / 3).long()
+    if case == "classes only in queries":
+        labels = labels + 2
+    found = retrieval_figures(queries, labels, gallery, chunk=chunk)
+    assert found == pytest.approx(by_sorting(queries, labels, gallery), rel=1e-6)
+
+
+def test_features_that_take_more_than_the_free_memory_are_scaled_in_blocks(monkeypatch):
+    (queries, labels), gallery = cloud(), cloud(25, seed=1)
+    whole = retrieval_figures(queries, labels, gallery)
+    monkeypatch.setattr(neighbors, "available_memory", lambda device: 4 * 25 * 7 * 4)
+    rows = neighbors.UnitRows(gallery[0], torch.device("cpu"), block=9)
+    assert not rows.fits
+    assert rows.features is gallery[0]
+    unit = l2_normalize(queries)
+    torch.testing.assert_close(rows.similarities(unit), unit @ l2_normalize(gallery[0]).T)
+    assert retrieval_figures(queries, labels, gallery) == pytest.approx(whole)
 
 
 def test_equal_features_gain_nothing_from_the_order_of_the_images():

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from twoview.cli.overrides import CONF, check_overrides, quoted, value_of, without
 from twoview.cli.stored import read_overrides, require_plain_files
 from twoview.errors import require
+from twoview.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,18 @@ def _newest_unfinished(overrides: list[str]) -> Path | None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         wanted = _identifying(hydra.compose("config", texts))
     runs = sorted(Path("runs").glob("*/*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
-    unfinished = (file for file in runs if not (file.parent / "report.json").exists())
+    unfinished = (file for file in runs if not _is_finished(file.parent))
     return next((file.parent for file in unfinished if _stored(file) == wanted), None)
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run has a report, and its evaluation was not interrupted."""
+    try:
+        return not read_json(folder / "report.json").get("incomplete")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def _stored(file: Path) -> Any:

@@ -1,7 +1,7 @@
 """Evaluation of a network and its baselines: features, choices without test labels, then scores with test labels."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from twoview.augment import TwoViews
-from twoview.data import ImageData
-from twoview.devices import explained_memory
+from twoview.data import ImageData, Images
+from twoview.devices import explained_memory, memory_error
 from twoview.encoder import Encoder, ModelCard, hidden_labels
+from twoview.evaluation import progress
 from twoview.evaluation.cache import cached, key
+from twoview.evaluation.expectation import announce
 from twoview.evaluation.feature_store import network_features, pixel_features
 from twoview.evaluation.integrity import SIDE, Shared, thumbnails
-from twoview.evaluation.measure import Inputs, Labelled, Measure
-from twoview.evaluation.probe import Prediction, score
+from twoview.evaluation.measure import Inputs, Labelled, Measure, Thumbnails
+from twoview.evaluation.phases import INTERRUPTED, OUT_OF_MEMORY, Taken, take
+from twoview.evaluation.probe import Prediction
 from twoview.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,14 @@ class Evidence:
     shared: Mapping[str, Sequence[Shared]] = field(default_factory=dict)
 
 
+class _Incomplete(Exception):  # noqa: N818 (not an error)
+    """Carries a result that must not be stored in the cache."""
+
+    def __init__(self, taken: Taken) -> None:
+        super().__init__()
+        self.taken = taken
+
+
 @explained_memory(
     "evaluation: out of memory; try a smaller data.batch_size, or fewer eval.parts; no checkpoint is lost"
 )
@@ -50,6 +61,9 @@ def evaluate(
     encoder: Encoder, images: ImageData, views: TwoViews, settings: EvaluationSettings, seed: int
 ) -> tuple[dict[str, Any], Evidence]:
     """Evaluate a network and its baselines by all measures.
+
+    A measure that runs out of memory is left out, and the other measures are taken. After Ctrl-C, what is finished is
+    returned, if the features of the trained network are.
 
     Args:
         encoder: the network, on the device of the computation.
@@ -64,71 +78,116 @@ def evaluate(
         * ``results``: metrics of each measure, for "trained" and for each baseline;
         * ``protocol``: all settings, and the numbers of training and test images;
         * ``figures``: accuracies on held-out training labels, which a sweep can select by;
-        * ``integrity``: metrics of :class:`twoview.evaluation.integrity.Integrity`, if this measure is taken.
+        * ``integrity``: metrics of :class:`twoview.evaluation.integrity.Integrity`, if this measure is taken;
+        * ``missing``: reasons why parts have no results, by network and name of the part, if there are such parts;
+        * ``incomplete``: True after Ctrl-C, otherwise missing.
 
     Raises:
         UserError: if the images have no labels, or features are not finite.
+        KeyboardInterrupt: at Ctrl-C before the features of the trained network are computed, and at a second Ctrl-C.
     """
     train, test = images.labelled
+    side = min(SIDE, max(train.size, test.size))
+    announce(encoder, images, settings, side)
     small = {}
     if settings.baselines or any(measure.uses_thumbnails for measure in settings.measures):
-        side = min(SIDE, max(train.size, test.size))
-        small = {"train": thumbnails(train, side), "test": thumbnails(test, side)}
-
-    stored = (settings.memory, settings.cache)
-
-    def inputs(name: str, network: Encoder | None) -> Inputs:
-        log.info("evaluation: %s", name)
-        ours, theirs = (
-            pixel_features(small[split].pixels, *stored)
-            if network is None
-            else network_features(network.to(encoder.device), source, images.batch_size, *stored)
-            for split, source in (("train", train), ("test", test))
-        )
-        return Inputs(
-            name=name,
-            encoder=network,
-            train=Labelled(ours, train.labels),
-            test=theirs,
-            train_images=train,
-            test_images=test.with_labels(torch.full_like(test.labels, -1)),
-            pretrain_images=None if images.pretrain is train else images.pretrain,
-            views=views,
-            thumbnails=small,
-            classes=len(images.classes),
-            holdout=settings.holdout,
-            bootstrap=settings.bootstrap,
-            seed=seed,
-            split_seed=split_seed(encoder.card, seed),
-            device=encoder.device,
-            batch_size=images.batch_size,
-        )
+        with progress.part("center squares of all images"):
+            small = {"train": thumbnails(train, side), "test": thumbnails(test, side)}
+    inputs = partial(_inputs, encoder, images, views, settings, seed, small)
 
     def baseline(name: str, network: Encoder | None) -> dict[str, Any]:
-        return take(settings.measures, inputs(name, network), test.labels)[0]
+        taken = take(settings.measures, inputs(name, network), test.labels)
+        if taken.missing:
+            raise _Incomplete(taken)
+        return taken.found
 
     trained = inputs("trained", encoder)
-    found, chosen = take(settings.measures, trained, test.labels)
-    integrity = found.pop("integrity", None)
-    results = {"trained": found}
+    taken = take(settings.measures, trained, test.labels)
+    integrity = taken.found.pop("integrity", None)
+    results, missing, stopped = {"trained": taken.found}, {"trained": taken.missing}, taken.stopped
     networks = {"random initialization": encoder.at_random(seed), "raw pixels": None} if settings.baselines else {}
     for name, network in networks.items():
+        if stopped:
+            missing[name] = {"all": INTERRUPTED}
+            continue
         parts = (network and network.network, encoder.preprocess, train, test, views, settings, len(images.classes))
         others = (seed, str(encoder.device), images.batch_size, images.allow_flip, images.min_crop_area)
         of = partial(key, name, *parts, *others, split_seed(encoder.card, seed))
         fits = partial(_is_result, settings.measures)
-        results[name] = cached(settings.cache, of, partial(baseline, name, network), fits)
-    predictions = {name: p for name, p in chosen.items() if isinstance(p, Prediction)}
+        found, missing[name], stopped = _finished(
+            partial(cached, settings.cache, of, partial(baseline, name, network), fits)
+        )
+        if found:
+            results[name] = found
+    predictions = {name: p for name, p in taken.chosen.items() if isinstance(p, Prediction)}
     report = {
         "results": results,
         "protocol": {**settings.knobs(), "train_images": len(train), "test_images": len(test)},
         "figures": {f"val/{probe}_top1": p.chosen.get("val_top1") for probe, p in predictions.items()},
         **({} if integrity is None else {"integrity": integrity}),
+        **({"missing": {name: row for name, row in missing.items() if row}} if any(missing.values()) else {}),
+        **({"incomplete": True} if stopped else {}),
     }
     report |= seen_labels(encoder.card, train.labels, settings.holdout)
-    splits = getattr(chosen.get("few_labels"), "splits", {})
-    shared = getattr(chosen.get("integrity"), "shared", {})
+    splits = getattr(taken.chosen.get("few_labels"), "splits", {})
+    shared = getattr(taken.chosen.get("integrity"), "shared", {})
     return report, Evidence(trained.train.features, trained.test, predictions, splits, shared)
+
+
+def _inputs(
+    encoder: Encoder,
+    images: ImageData,
+    views: TwoViews,
+    settings: EvaluationSettings,
+    seed: int,
+    small: Mapping[str, Thumbnails],
+    name: str,
+    network: Encoder | None,
+) -> Inputs:
+    """Compute the features of a network, or of raw pixels if it is None, and collect what measures use."""
+    log.info("evaluation: %s", name)
+    train, test = images.labelled
+    with progress.part(f"{name}: features"):
+        ours, theirs = (
+            pixel_features(small[split].pixels, settings.memory, settings.cache)
+            if network is None
+            else _features(network.to(encoder.device), source, images.batch_size, settings)
+            for split, source in (("train", train), ("test", test))
+        )
+    return Inputs(
+        name=name,
+        encoder=network,
+        train=Labelled(ours, train.labels),
+        test=theirs,
+        train_images=train,
+        test_images=test.with_labels(torch.full_like(test.labels, -1)),
+        pretrain_images=None if images.pretrain is train else images.pretrain,
+        views=views,
+        thumbnails=small,
+        classes=len(images.classes),
+        holdout=settings.holdout,
+        bootstrap=settings.bootstrap,
+        seed=seed,
+        split_seed=split_seed(encoder.card, seed),
+        device=encoder.device,
+        batch_size=images.batch_size,
+    )
+
+
+def _finished(compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], bool]:
+    """Return the metrics of a baseline, reasons for missing ones, and whether Ctrl-C was pressed."""
+    try:
+        return compute(), {}, False
+    except _Incomplete as part:
+        return part.taken.found, part.taken.missing, part.taken.stopped
+    except KeyboardInterrupt:
+        return {}, {"all": INTERRUPTED}, True
+    except Exception as error:
+        explained = memory_error(error, OUT_OF_MEMORY)
+        if explained is None:
+            raise
+        log.warning("evaluation: a baseline: %s", explained)
+        return {}, {"all": str(explained)}, False
 
 
 def split_seed(card: ModelCard, seed: int) -> int:
@@ -157,32 +216,16 @@ def seen_labels(card: ModelCard, labels: Tensor, holdout: float) -> dict[str, li
     return {"warnings": [message]}
 
 
-def take(measures: Sequence[Measure], inputs: Inputs, labels: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take measures in two phases: all choices, then all scores.
-
-    Args:
-        measures: measures to take; a measure that does not apply to ``inputs`` is left out.
-        inputs: features and images, without test labels.
-        labels: int64 ``[T]``, labels of the test images.
-
-    Returns:
-        Metrics by name of the measure, and results of ``choose`` by name of the measure.
-    """
-    chosen: dict[str, Any] = {}
-    for measure in measures:
-        if measure.applies(inputs):
-            chosen[measure.name] = measure.choose(inputs, chosen)
-    # From here on, test labels are read and nothing is chosen.
-    found = {}
-    for measure in (measure for measure in measures if measure.name in chosen):
-        result = chosen[measure.name]
-        if isinstance(result, Prediction):
-            found[measure.name] = score(result, labels, inputs.classes, inputs.bootstrap, inputs.seed)
-        else:
-            found[measure.name] = measure.score(result, inputs, labels)
-    return found, chosen
-
-
 def _is_result(measures: Sequence[Measure], found: Any) -> bool:
     names = {measure.name for measure in measures}
     return isinstance(found, dict) and found.keys() <= names and all(isinstance(row, dict) for row in found.values())
+
+
+def _features(encoder: Encoder, images: Images, batch_size: int, settings: EvaluationSettings) -> Tensor:
+    progress.add_steps(total=len(images))
+    # Counted where the network is applied, however the features are stored.
+    counted = encoder.network.register_forward_hook(lambda _, given, __: progress.add_steps(done=len(given[0])))
+    try:
+        return network_features(encoder, images, batch_size, settings.memory, settings.cache)
+    finally:
+        counted.remove()

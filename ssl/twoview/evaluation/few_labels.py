@@ -11,8 +11,9 @@ from torch import Tensor
 
 from twoview.errors import require, require_at_least, require_positive
 from twoview.evaluation.logistic import feature_scale, fit_linear
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Workload
 from twoview.evaluation.probe import accuracy, linear_scores
+from twoview.evaluation.progress import track
 from twoview.evaluation.tables import Table, side_by_side, with_interval
 
 
@@ -67,10 +68,15 @@ class FewLabels(Measure):
 
         def predicted(split: Tensor) -> Tensor:
             probes, _ = fit_linear(*inputs.train.at(split), l2, self.max_iterations, inputs.classes, scale)
-            return linear_scores(probes[0], inputs.test).argmax(1)
+            # In blocks, since scores are [T, C].
+            return torch.cat([linear_scores(probes[0], x).argmax(1) for x in inputs.test.split(8192)])
 
         splits = few_label_splits(inputs.train.labels, self)
-        return FewLabelPredictions(splits, {name: [predicted(s) for s in draws] for name, draws in splits.items()})
+        every = track([(name, split) for name, draws in splits.items() for split in draws])
+        predictions: dict[str, list[Tensor]] = {name: [] for name in splits}
+        for name, split in every:
+            predictions[name].append(predicted(split))
+        return FewLabelPredictions(splits, predictions)
 
     def score(self, chosen: FewLabelPredictions, inputs: Inputs, labels: Tensor) -> Figures:
         """Return for each size the ``mean`` accuracy, its 95 % t ``interval``, and the accuracies of all ``draws``."""
@@ -82,6 +88,11 @@ class FewLabels(Measure):
             interval = [max(0.0, mean - float(half)), min(1.0, mean + float(half))]
             results[name] = {"mean": mean, "interval": interval, "draws": accuracies.tolist()}
         return results
+
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`."""
+        images = sum(self.labels_per_class) * work.classes + sum(self.label_shares) * work.train
+        return self.draws * work.fit(int(images))
 
     def table(self, columns: ByName, report: ByName) -> Table:
         """Return a table of the mean accuracy for each size."""

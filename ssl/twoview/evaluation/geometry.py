@@ -11,7 +11,7 @@ from twoview import metrics
 from twoview.data import fixed_sample
 from twoview.errors import require_at_least
 from twoview.evaluation.invariance import augmented_features, mean_similarity
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Workload
 from twoview.evaluation.tables import Table, figures_table
 
 # Thresholds of the diagnosis. Constant features lie below the first threshold, features of rank 1 below the second, and
@@ -46,6 +46,12 @@ class Geometry(Measure):
             images = inputs.test_images.subset(fixed_sample(len(inputs.test_images), self.shift_images))
             pairs = augmented_features(inputs, images, inputs.views)
         return geometry_figures(inputs.train.features, pairs)
+
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`."""
+        rows = min(work.train, 20_000)
+        products = 8 * rows * work.width**2 * work.operation_seconds
+        return products + 2 * min(self.shift_images, work.test) * work.image_seconds
 
     def table(self, columns: ByName, report: ByName) -> Table:
         """Return a table of the metrics without the spectrum; the note is the sentence of the diagnosis."""

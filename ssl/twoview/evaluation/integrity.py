@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twoview.data import Images, fit_channels, in_order
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Thumbnails
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Thumbnails, Workload
+from twoview.evaluation.neighbors import neighbors
 from twoview.evaluation.probe import Prediction
+from twoview.evaluation.progress import track
 from twoview.evaluation.tables import Table, percent
-from twoview.metrics import knn_neighbors
 
 SIDE = 32  # pixels per side at which images are compared
 # Conditions of near duplicates, see shared_images. docs/evaluation.md states how many re-encoded images are found, and
@@ -66,10 +67,12 @@ class Integrity(Measure):
 
     def choose(self, inputs: Inputs, earlier: ByName) -> SharedImages:
         """Find shared images."""
-        test = inputs.thumbnails["test"]
-        shared = {"train": shared_images(inputs.thumbnails["train"], test, (inputs.train.features, inputs.test))}
+        test, device = inputs.thumbnails["test"], inputs.device
+        features = (inputs.train.features, inputs.test)
+        shared = {"train": shared_images(inputs.thumbnails["train"], test, features, device)}
         if inputs.pretrain_images is not None:
-            shared["pretrain"] = shared_images(thumbnails(inputs.pretrain_images, test.pixels.shape[-1]), test)
+            theirs = thumbnails(inputs.pretrain_images, test.pixels.shape[-1])
+            shared["pretrain"] = shared_images(theirs, test, device=device)
         return SharedImages(shared, {name: p for name, p in earlier.items() if isinstance(p, Prediction)})
 
     def score(self, chosen: SharedImages, inputs: Inputs, labels: Tensor) -> Figures:
@@ -87,6 +90,10 @@ class Integrity(Measure):
         }
         return {"shared": counts, "test_images_left": int(clean.sum()), "top1_without_shared": without}
 
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`."""
+        return 2 * work.search(work.train, work.test)
+
     def table(self, columns: ByName, report: ByName) -> Table:
         """Return a table of the numbers of shared images, and of the accuracies with and without shared images."""
         (found,) = columns.values()
@@ -95,7 +102,7 @@ class Integrity(Measure):
             for split, count in found["shared"].items()
         ]
         for probe, share in found["top1_without_shared"].items():
-            before = report["results"]["trained"][probe]["test_top1"]
+            before = report["results"]["trained"].get(probe, {}).get("test_top1")  # missing if the score failed
             text = f"{percent(share)} (with them {percent(before)})"
             rows.append([f"{probe.replace('_', ' ')} without them", text])
         return Table("Integrity", ["", ""], rows, "Mirrored or cropped copies are not searched for.")
@@ -123,7 +130,12 @@ def _hash(pixels: Tensor) -> bytes:
     return hashlib.blake2b(pixels.numpy().tobytes() + shape, digest_size=16).digest()
 
 
-def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, Tensor] | None = None) -> list[Shared]:
+def shared_images(
+    train: Thumbnails,
+    test: Thumbnails,
+    features: tuple[Tensor, Tensor] | None = None,
+    device: torch.device | None = None,
+) -> list[Shared]:
     """Find exact and near duplicates of training images among the test images.
 
     A test image whose hash equals the hash of a training image is an exact duplicate. Any other test image is compared
@@ -144,17 +156,19 @@ def shared_images(train: Thumbnails, test: Thumbnails, features: tuple[Tensor, T
         test: thumbnails of T test images.
         features: fp32 ``[N, F]`` of the training images and ``[T, F]`` of the test images; None to select candidates by
             pixels only.
+        device: device on which candidates are searched; None for the CPU.
 
     Returns:
         One entry for each test image that is a duplicate, in the order of the test images.
     """
     first = {digest: position for position, digest in reversed(list(enumerate(train.hashes)))}
-    candidates = knn_neighbors(_coarse(train.pixels), _coarse(test.pixels), CANDIDATES)[1]
+    device = device or torch.device("cpu")
+    candidates = neighbors(_coarse(train.pixels), _coarse(test.pixels), CANDIDATES, device)[1]
     if features is not None:
-        candidates = torch.cat([candidates, knn_neighbors(*features, CANDIDATES)[1]], 1)
+        candidates = torch.cat([candidates, neighbors(*features, CANDIDATES, device)[1]], 1)
     test_gray, train_gray = (x if x.shape[1] != 3 else fit_channels(x, 1) for x in (test.pixels, train.pixels))
     found = []
-    for start in range(0, len(candidates), 512):
+    for start in track(range(0, len(candidates), 512)):
         positions = candidates[start : start + 512]
         theirs = train_gray[positions].flatten(2).float()
         ours = test_gray[start : start + 512].flatten(1).float()[:, None]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from twoview.augment import TwoViews
 from twoview.data import Images, fixed_sample, in_order
 from twoview.errors import require_at_least
-from twoview.evaluation.measure import ByName, Figures, Inputs, Measure
+from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Workload
+from twoview.evaluation.progress import add_steps
 from twoview.evaluation.tables import Table, number, percent
 from twoview.losses import l2_normalize
 
@@ -100,6 +101,11 @@ class Invariance(Measure):
             effect["accuracy"] = None if classes is None else float((classes == labels).double().mean())
         return {"different_images": none["different_images"], "accuracy": none["accuracy"], "shifts": shifts}
 
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`."""
+        strengths = 1 + sum(len(strengths) for strengths, _ in SHIFTS.values())
+        return strengths * min(self.shift_images, work.test) * work.image_seconds
+
     def table(self, columns: ByName, report: ByName) -> Table:
         """Return a table of invariance and accuracy for each operation."""
         header = ["operation", *(f"{name}: {what}" for name in columns for what in ("invariance", "accuracy"))]
@@ -130,11 +136,13 @@ def augmented_features(inputs: Inputs, images: Images, views: TwoViews, count: i
     assert inputs.encoder is not None
     views.to(inputs.device)
     parts = []
+    add_steps(total=len(images))
     for index, batch in enumerate(in_order(images, inputs.batch_size)):
         # The same pixels as for the probes.
         crops = inputs.encoder.preprocess.crops(batch.pixels, batch.sizes).to(inputs.device)
         pair = views(crops, key=(inputs.seed, index))[:count]
         parts.append([inputs.encoder.apply_network(view).cpu() for view in pair])
+        add_steps(done=len(batch.ids))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from twoview.errors import require_choice, require_positive
-from twoview.evaluation.measure import ByName, Inputs, Measure
+from twoview.evaluation.measure import ByName, Inputs, Measure, Workload
+from twoview.evaluation.neighbors import neighbors
 from twoview.evaluation.probe import Prediction, choose_best
-from twoview.metrics import knn_neighbors, knn_vote
+from twoview.metrics import knn_vote
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,16 @@ class KNN(Measure):
         train = inputs.train
         fitted, held_out = (train.at(part) for part in inputs.split())
         numbers = [k for k in self.k if k <= len(fitted.labels)] or [len(fitted.labels)]
-        similarity, position = knn_neighbors(fitted.features, held_out.features, max(numbers))
+        similarity, position = neighbors(fitted.features, held_out.features, max(numbers), inputs.device)
         grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]
         predicted = [knn_vote(similarity, votes, k, temperature, inputs.classes) for k, temperature in grid]
         best, val_top1 = choose_best(predicted, held_out.labels, self.class_weights)
         k, temperature = grid[best]
-        similarity, position = knn_neighbors(train.features, inputs.test, k)
+        similarity, position = neighbors(train.features, inputs.test, k, inputs.device)
         classes = knn_vote(similarity, train.labels[position], k, temperature, inputs.classes)
         return Prediction(classes, {"val_top1": val_top1, "k": k, "temperature": temperature})
+
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`."""
+        held_out = int(0.2 * work.train)
+        return work.search(work.train - held_out, held_out) + work.search(work.train, work.test)

@@ -13,8 +13,9 @@ from twoview.augment import derive_seed
 from twoview.data import Batch, Images
 from twoview.errors import require_at_least, require_positive
 from twoview.evaluation.invariance import IDENTITY
-from twoview.evaluation.measure import ByName, Inputs, Measure
+from twoview.evaluation.measure import ByName, Inputs, Measure, Workload
 from twoview.evaluation.probe import Prediction, linear_prediction
+from twoview.evaluation.progress import add_steps
 from twoview.schedules import cosine_ramp
 
 
@@ -50,6 +51,10 @@ class LinearSGD(Measure):
     def applies(self, inputs: Inputs) -> bool:
         """Return True for networks, False for raw pixels."""
         return inputs.encoder is not None
+
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`. Augmentation takes about as long as the network."""
+        return 2 * self.sgd_epochs * work.train * work.image_seconds
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Train all classifiers, choose the learning rate on held-out labels, and classify the test images."""
@@ -102,6 +107,7 @@ def shuffled(
         The batch; the share of the training that is completed before it, in [0, 1); and a key for its random draws.
     """
     steps = max(1, len(positions) // size)
+    add_steps(total=epochs * steps)
     for epoch in range(epochs):
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(derive_seed((seed, epoch))))
         chunks: Any = list(positions[order].split(size))[:steps]
@@ -109,3 +115,4 @@ def shuffled(
         for step, batch in enumerate(loader):
             done = epoch * steps + step
             yield batch, done / (epochs * steps), (seed, done)
+            add_steps(done=1)

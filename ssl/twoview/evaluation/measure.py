@@ -34,6 +34,34 @@ class Thumbnails(NamedTuple):
     hashes: list[bytes]
 
 
+class Workload(NamedTuple):
+    """Sizes of an evaluation and speeds of the machine, from which durations are estimated.
+
+    Attributes:
+        train: number of training images.
+        test: number of test images.
+        width: number of features F.
+        classes: number of classes.
+        image_seconds: seconds of the network per image; 0 for raw pixels.
+        operation_seconds: seconds of a floating-point operation in a matrix product in fp32.
+    """
+
+    train: int
+    test: int
+    width: int
+    classes: int
+    image_seconds: float
+    operation_seconds: float
+
+    def search(self, bank: int, queries: int) -> float:
+        """Seconds of a search for neighbors; to select one costs as much as about 200 operations of a product."""
+        return bank * queries * (2 * self.width + 200) * self.operation_seconds
+
+    def fit(self, images: int) -> float:
+        """Seconds of a linear classifier that is fitted by 100 passes over the features of the images."""
+        return 100 * images * 4 * self.width * self.classes * self.operation_seconds
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Everything that a measure may use before the test labels are read; it contains no test labels.
@@ -135,6 +163,17 @@ class Measure:
             Metrics by name. A metric is a plain value, a list or a dictionary, and None if it is not defined.
         """
         return dict(chosen)
+
+    def expected_seconds(self, work: Workload) -> float:
+        """Return about how long the measure takes, for the announcement of the evaluation.
+
+        By default, a measure that predicts classes fits a linear classifier to all training images, and any other
+        measure takes no time.
+
+        Args:
+            work: sizes of the evaluation and speeds of the machine.
+        """
+        return work.fit(work.train) if self.probe_title else 0.0
 
     def table(self, columns: ByName, report: ByName) -> Table | None:
         """Return a table of the metrics; by default, there is no table.

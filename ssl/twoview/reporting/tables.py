@@ -10,10 +10,19 @@ from twoview.evaluation.tables import Table, percent, side_by_side, with_interva
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return all tables of a report: the table of accuracies, then the table of each measure."""
+    """Return all tables of a report: accuracies, parts that are missing, then the table of each measure.
+
+    There is no table of a measure that is missing for the trained network.
+    """
     found = [_accuracies(report)]
-    columns = _columns(report)
+    columns, missing = _columns(report), report.get("missing", {})
+    if missing:
+        rows = [[network, part, reason] for network, parts in missing.items() for part, reason in parts.items()]
+        note = "The evaluation was interrupted; repeat it to complete it." if report.get("incomplete") else ""
+        found.append(Table("Not measured", ["network", "part", "reason"], rows, note))
     for name, measure in MEASURES.items():
+        if name in missing.get("trained", {}):
+            continue
         figures = {column: results[name] for column, results in columns.items() if name in results}
         if name in report:  # measured for the trained network only, and reported outside of the results
             figures = {report["method"]: report[name]}
@@ -23,11 +32,12 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def is_readable(report: Mapping[str, Any]) -> bool:
-    """Whether a report that was read from a file has the form that its display needs."""
+    """Whether a report of pretraining, read from a file, is complete and has the form that its display needs."""
     try:
         _ = tables(report) if "results" in report else None
         parts = [report.get("figures", {}), *report.get("results", {}).values()]
-        return report["task"] == "pretrain" and all(isinstance(part, dict) for part in parts)
+        whole = report["task"] == "pretrain" and not report.get("incomplete")
+        return whole and all(isinstance(part, dict) for part in parts)
     except (LookupError, TypeError, ValueError, AttributeError):
         return False
 

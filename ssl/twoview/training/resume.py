@@ -68,7 +68,8 @@ def check_resume(
     require(equal, f"resume={run_dir}: {message}")
     steps = stopped["global_step"]
     ended = steps >= stored["total_steps"] and stored["length"] == conditions.length
-    ended = ended and (run_dir / "report.json").exists() and conditions.identity is None
+    ended = ended and (run_dir / "report.json").exists() and not _report(run_dir).get("incomplete")
+    ended = ended and conditions.identity is None
     message = f"this run is finished, after {steps} steps; raise trainer.max_epochs to continue it"
     require(not ended, f"resume={run_dir}: {message}")
     _check_length(stopped, conditions.length, run_dir)
