@@ -25,6 +25,7 @@ SMALL = {
     ),
     "gpu.py": (["--small", "--repeats", "1"], ["twoview fast", "twoview fused", "twoview kornia", "stock Kornia"]),
     "losses.py": (["--images", "16", "--repeats", "1"], ["twoview", "plain"]),
+    "evaluation.py": (["--smoke", "--parts", "knn", "retrieval"], ["knn", "retrieval"]),
     "data.py": (
         ["--smoke", "--steps", "1"],
         [
