@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from largest_tensor import largest_tensor
 from sklearn.neighbors import KNeighborsClassifier
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoview import metrics
 
@@ -141,24 +141,6 @@ def test_votes_of_many_queries_are_those_of_each_query():
             for k in range(4)
         ]
         assert int(found[row]) == votes.index(max(votes))
-
-
-def largest_tensor(call):
-    """Number of elements of the largest tensor that a function makes."""
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            made = func(*args, **(kwargs or {}))
-            for tensor in made if isinstance(made, tuple | list) else [made]:
-                if isinstance(tensor, torch.Tensor):
-                    self.elements = max(self.elements, tensor.numel())
-            return made
-
-    with Largest() as mode:
-        call()
-    return mode.elements
 
 
 def test_no_tensor_grows_with_the_number_of_pairs():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from largest_tensor import largest_tensor
 from short_runs import make_inputs
 from torchmetrics.functional.retrieval import (
     retrieval_average_precision,
@@ -114,6 +115,12 @@ def test_features_that_take_more_than_the_free_memory_are_scaled_in_blocks(monke
     unit = l2_normalize(queries)
     torch.testing.assert_close(rows.similarities(unit), unit @ l2_normalize(gallery[0]).T)
     assert retrieval_figures(queries, labels, gallery) == pytest.approx(whole)
+
+
+def test_no_tensor_grows_with_the_number_of_pairs():
+    queries, labels = cloud(4000, classes=50)
+    assert largest_tensor(lambda: queries @ queries.T) == 16_000_000
+    assert largest_tensor(lambda: retrieval_figures(queries, labels)) <= 2**22
 
 
 def test_equal_features_gain_nothing_from_the_order_of_the_images():
