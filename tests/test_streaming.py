@@ -5,9 +5,9 @@ from functools import partial
 import plain_losses
 import pytest
 import torch
+from largest_tensor import largest_tensor
 from test_losses import pair
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from twoview import losses, streaming
 from twoview.variants import VARIANTS
@@ -131,21 +131,6 @@ def test_the_rows_of_several_processes_together_are_those_of_one(blocks, loss):
         assert_close(one, total, rtol=1e-12, atol=1e-12)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of values of a tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize(
     "loss",
     [
@@ -160,9 +145,8 @@ def test_no_tensor_is_as_large_as_the_matrix(loss, monkeypatch):
     monkeypatch.setattr(streaming, "CPU_BLOCK", 2**12)
     n = 512
     z_a, z_b = (z.requires_grad_() for z in pair(n, 8, torch.float32))
-    with LargestTensor() as largest:
-        loss(z_a, z_b, n).backward()
-    assert 2**12 <= largest.size <= 16 * 2 * n  # at least 16 rows are computed together
+    largest = largest_tensor(lambda: loss(z_a, z_b, n).backward())
+    assert 2**12 <= largest <= 16 * 2 * n  # at least 16 rows are computed together
 
 
 def test_a_second_derivative_is_refused():

@@ -13,7 +13,7 @@ from twoview.errors import require, require_at_least, require_choice, require_po
 from twoview.evaluation import probe
 from twoview.evaluation.logistic import feature_scale, fit_linear
 from twoview.evaluation.logistic_blocks import Regression
-from twoview.evaluation.measure import ByName, Inputs, Labelled, Measure
+from twoview.evaluation.measure import ByName, Inputs, Labelled, Measure, Workload
 from twoview.evaluation.probe import Prediction
 from twoview.evaluation.tables import Table, percent
 
@@ -72,6 +72,12 @@ class Linear(Measure):
         fit = self._fit_few if len(inputs.split()[0]) <= self.l2_images else self._fit_many
         found, chosen = fit(inputs, grid)
         return probe.linear_prediction(found, inputs.test, chosen)
+
+    def expected_seconds(self, work: Workload) -> float:
+        """See :class:`Measure`."""
+        if work.train <= self.l2_images:
+            return work.fit(work.train)
+        return work.fit(self.l2_images) + work.fit(work.train) / 2  # half as many passes over all images (measured)
 
     def table(self, columns: ByName, report: ByName) -> Table | None:
         """Return a table of the accuracy for each class, for the trained network only."""
