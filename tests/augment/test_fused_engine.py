@@ -157,3 +157,37 @@ def test_the_color_matrix_is_the_product_of_the_operations_without_clamping():
     fast, exact = (TwoViews(40, 3, [0.0] * 3, [1.0] * 3, engine=e, **mild)(images, key=KEY) for e in ("fast", "fused"))
     for view, other in zip(fast, exact, strict=True):
         assert_close(view, other, atol=2e-4, rtol=0)  # torchvision's weights of the luma add up to 0.9999
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "shape", "channels", "block", "knobs"),
+    [
+        (32, (40, 40), 3, 2**17, {}),
+        (32, (40, 40), 3, 2**12, {"view_b": {"blur_p": 0.1, "solarize_p": 0.5}}),
+        (33, (47, 61), 3, 2**14, {"crop_scale": (0.02, 0.1)}),
+        (33, (40, 40), 1, 2**14, {}),
+        (96, (110, 90), 3, 2**17, {"blur_sigma": (0.1, 4.0)}),
+        (192, (200, 220), 3, 2**17, {}),
+        (192, (200, 200), 1, 2**17, {}),
+        (32, (40, 40), 3, 2**14, {"interpolation": "bicubic", "antialias": True}),
+    ],
+    ids=str,
+)
+def test_views_of_pieces_are_those_of_the_batch_to_the_last_bit(
+    size, shape, channels, block, knobs, threads, monkeypatch
+):
+    monkeypatch.setattr(fused_engine, "CPU_BLOCK", block)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        images = photos(11 if size < 64 else 5, *shape, channels)
+        sizes = torch.randint(20, min(shape), (len(images), 2), generator=torch.Generator().manual_seed(0))
+        views = TwoViews(size, channels, [0.5] * channels, [0.25] * channels, engine="fused", **knobs)
+        for given in (None, sizes):
+            whole, draws = views(images, key=KEY, sizes=given), views.draw(images, KEY, given)
+            for part in (slice(0, 1), slice(2, 5), slice(3, None), slice(None)):
+                for piece, view in zip(views(images, draws=draws, part=part), whole, strict=True):
+                    assert torch.equal(piece, view[part])
+    finally:
+        torch.set_num_threads(before)

@@ -193,3 +193,26 @@ def test_neighboring_keys_have_unrelated_seeds():
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed((0,)) != derive_seed((0, 1))
+
+
+@ENGINES
+def test_parts_of_a_batch_have_the_views_of_the_whole_batch(engine):
+    augment, pixels = two_views(engine=engine), photos(9)
+    whole, draws = augment(pixels, key=(1, 2)), augment.draw(pixels, key=(1, 2))
+    state = torch.get_rng_state()
+    for part in (slice(0, 4), slice(4, 7), slice(7, 9), slice(0, 4)):
+        for view, expected in zip(augment(pixels, draws=draws, part=part), whole, strict=True):
+            assert_close(view, expected[part], atol=1e-6, rtol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(TypeError, match="uint8"):
+        augment.draw(pixels.float())
+
+
+def test_kornia_makes_the_views_of_a_batch_once():
+    augment, pixels, passes = two_views(engine="kornia"), photos(9), []
+    augment.engine.operations[0].register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    draws = augment.draw(pixels, key=(1, 2))
+    assert not passes
+    for part in (slice(0, 5), slice(5, 9), slice(0, 5)):
+        augment(pixels, draws=draws, part=part)
+    assert passes == [18]

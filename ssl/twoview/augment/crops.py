@@ -11,6 +11,7 @@ from twoview.augment.draws import Draws
 from twoview.augment.recipe import ViewRecipe
 
 SLICED_FROM = 96  # size of the views from which cropping one by one is faster on a CPU (measured)
+Extent = tuple[int, int, int, int]
 
 
 class ExactCrops:
@@ -28,7 +29,9 @@ class ExactCrops:
         self.recipes, self.size = recipes, size
         self.plain = all(recipe.interpolation == "bilinear" and not recipe.antialias for recipe in recipes)
 
-    def __call__(self, pixels: Tensor, draws: Draws, rows: np.ndarray, images: Tensor, values: Tensor) -> Tensor:
+    def __call__(
+        self, pixels: Tensor, draws: Draws, rows: np.ndarray, images: Tensor, values: Tensor, extent: Extent
+    ) -> Tensor:
         """Crop, resize and flip.
 
         Args:
@@ -37,13 +40,15 @@ class ExactCrops:
             rows: int64 ``[M]``, the rows of the draws that are computed.
             images: int64 ``[M]`` on the device of ``pixels``, positions of the images.
             values: fp32 ``[M, 5]`` on the same device: the boxes, and -1 for a flip, else 1.
+            extent: top, left, bottom and right of a box that contains all boxes. The last bits of the result depend on
+                it.
 
         Returns:
             fp32 ``[M, C, size, size]`` in [0, 255].
         """
-        boxes = draws.boxes[rows]
         if self.plain and not (pixels.device.type == "cpu" and self.size >= SLICED_FROM):
-            return self._sampled(pixels, boxes, images, values)
+            return self._sampled(pixels, images, values, extent)
+        boxes = draws.boxes[rows]
         views = torch.empty(len(rows), pixels.shape[1], self.size, self.size, device=pixels.device)
         for i, (row, (top, left, height, width)) in enumerate(zip(rows.tolist(), boxes.tolist(), strict=True)):
             recipe, image = self.recipes[row // len(pixels)], row % len(pixels)
@@ -53,10 +58,9 @@ class ExactCrops:
             views[i] = view.flip(-1) if draws.flips[row] else view
         return views.clamp_(0, 255)  # bicubic interpolation exceeds the range
 
-    def _sampled(self, pixels: Tensor, boxes: np.ndarray, images: Tensor, values: Tensor) -> Tensor:
+    def _sampled(self, pixels: Tensor, images: Tensor, values: Tensor, extent: Extent) -> Tensor:
         # Only the part of the images that contains all boxes is converted to float.
-        top, left = boxes[:, :2].min(0).tolist()
-        bottom, right = (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
+        top, left, bottom, right = extent
         part = pixels.index_select(0, images)[:, :, top:bottom, left:right].float()
         rows, columns = _places(values, self.size)
         # A place outside the box would mix in pixels beside the crop.
@@ -77,7 +81,9 @@ class NearestCrops:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, pixels: Tensor, draws: Draws, rows: np.ndarray, images: Tensor, values: Tensor) -> Tensor:
+    def __call__(
+        self, pixels: Tensor, draws: Draws, rows: np.ndarray, images: Tensor, values: Tensor, extent: Extent
+    ) -> Tensor:
         """Crop, resize and flip; arguments and result are those of :class:`ExactCrops`."""
         c, height, width = pixels.shape[1:]
         kind = torch.int32 if pixels.numel() < 2**31 else torch.int64

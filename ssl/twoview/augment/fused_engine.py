@@ -21,11 +21,20 @@ Jitter = ExactJitter | MatrixJitter
 
 
 class _Block(NamedTuple):
-    """Views that are computed together: their rows in the draws, their place in the sorted rows, and their group."""
+    """Views that are computed together.
+
+    Attributes:
+        rows: rows of the draws that are computed.
+        place: place of these rows among the rows of all blocks.
+        group: number of the group of the color jitter.
+        whole: rows of the block if the views of all images are computed. What a block has in common depends on them, so
+            that a view has the same value, to the last bit, whichever other views are computed with it.
+    """
 
     rows: np.ndarray
     place: slice
     group: int
+    whole: np.ndarray
 
 
 class Engine:
@@ -45,65 +54,91 @@ class Engine:
         self.crop: Crops = ExactCrops(recipes, image_size)
         self.jitter: Jitter = ExactJitter(recipes)
 
-    def __call__(
-        self, pixels: Tensor, sizes: Tensor | None, seed: int, mean: Tensor, std: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Make both views.
+    def draw(self, pixels: Tensor, sizes: Tensor | None, seed: int) -> Draws:
+        """Draw the parameters of the views of all images.
 
         Args:
             pixels: uint8 ``[N, C, H, W]``.
             sizes: int64 ``[N, 2]`` on the CPU, height and width of the image in the top left corner of each canvas;
                 None if the images fill it.
             seed: seed of the random parameters.
+        """
+        shape = np.tile(pixels.shape[2:], (len(pixels), 1)) if sizes is None else np.array(sizes.tolist())
+        return Draws.of(self.recipes, shape, seed)
+
+    def apply(
+        self, pixels: Tensor, draws: Draws, mean: Tensor, std: Tensor, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Make both views of some images.
+
+        Args:
+            pixels: uint8 ``[N, C, H, W]``, all images of the batch.
+            draws: result of :meth:`draw`.
             mean: mean of each channel, ``[C, 1, 1]``, on the scale [0, 1].
             std: standard deviation of each channel, ``[C, 1, 1]``, on the same scale.
+            part: positions of the M images whose views are made.
 
         Returns:
-            Two views, fp32 ``[N, C, S, S]`` each, normalized, in channels_last memory format.
+            Two views, fp32 ``[M, C, S, S]`` each, normalized, in channels_last memory format.
         """
         n, c = pixels.shape[:2]
-        shape = np.tile(pixels.shape[2:], (n, 1)) if sizes is None else np.array(sizes.tolist())
-        draws = Draws.of(self.recipes, shape, seed)
-        groups = self.jitter.groups(draws)
-        order = groups.argsort(kind="stable")
-        blocks = list(self._blocks(order, groups, pixels))
+        of_views = np.full((2, n), -1)
+        m = of_views[0, part].size
+        of_views[:, part] = np.arange(2 * m).reshape(2, m)
+        places = of_views.ravel()  # place of each row of the draws in the result; -1 for those that are not computed
+        blocks = list(self._blocks(draws, places, pixels))
         directions, sigmas = np.where(draws.flips, -1, 1)[:, None], draws.sigmas[:, None]
         columns = np.concatenate([draws.boxes, directions, sigmas, self.jitter.columns(draws)], 1)
-        table = _to_device(torch.from_numpy(columns[order]).float(), pixels.device)
-        places = [places for block in blocks for places in _places(draws, block.rows, n)]
-        indices = _to_device(torch.from_numpy(np.concatenate(places)), pixels.device).split(list(map(len, places)))
-        views = torch.empty(2 * n, c, self.size, self.size, device=pixels.device, memory_format=torch.channels_last)
+        computed = np.concatenate([block.rows for block in blocks])
+        table = _to_device(torch.from_numpy(columns[computed]).float(), pixels.device)
+        positions = [each for block in blocks for each in _positions(draws, block.rows, places)]
+        indices = _to_device(torch.from_numpy(np.concatenate(positions)), pixels.device)
+        parts = indices.split(list(map(len, positions)))
+        views = torch.empty(2 * m, c, self.size, self.size, device=pixels.device, memory_format=torch.channels_last)
         for i, block in enumerate(blocks):
-            images, rows, grays, blurred, solarized = indices[5 * i : 5 * i + 5]
+            images, rows, grays, blurred, solarized = parts[5 * i : 5 * i + 5]
             values = table[block.place]
-            view = self.crop(pixels, draws, block.rows, images, values).div_(255)
+            view = self.crop(pixels, draws, block.rows, images, values, _extent(draws.boxes[block.whole])).div_(255)
             view = self.jitter(view, values[:, 6:], block.group, grays)
             if len(blurred):
-                largest = float(draws.sigmas[block.rows].max())
+                largest = float(draws.sigmas[block.whole].max())
                 soft = gaussian_blur(view[blurred], values[blurred, 5], blur_kernel(self.size), largest)
                 view.index_copy_(0, blurred, soft)
             if len(solarized):
                 view.index_copy_(0, solarized, solarize(view[solarized]))
             view = view.sub_(mean).div_(std)
             views.index_copy_(0, rows, view.contiguous(memory_format=torch.channels_last))
-        return views[:n], views[n:]
+        return views[:m], views[m:]
 
-    def _blocks(self, order: np.ndarray, groups: np.ndarray, pixels: Tensor) -> Iterator[_Block]:
+    def _blocks(self, draws: Draws, places: np.ndarray, pixels: Tensor) -> Iterator[_Block]:
+        groups = self.jitter.groups(draws)
+        order = groups.argsort(kind="stable")
         on_cpu = pixels.device.type == "cpu"
         # On other devices the whole images are converted to float, on a CPU only the part that is cropped.
         area = self.size**2 if on_cpu else max(self.size**2, pixels.shape[2:].numel())
         length = max(1, (CPU_BLOCK if on_cpu else GPU_BLOCK) // area)
         ends = np.flatnonzero(np.diff(groups[order])) + 1
+        done = 0
         for first, last in zip([0, *ends], [*ends, len(order)], strict=True):
             for start in range(first, last, length):
-                place = slice(start, min(start + length, last))
-                yield _Block(order[place], place, int(groups[order[start]]))
+                whole = order[start : min(start + length, last)]
+                rows = whole[places[whole] >= 0]
+                if len(rows):
+                    yield _Block(rows, slice(done, done + len(rows)), int(groups[whole[0]]), whole)
+                done += len(rows)
 
 
-def _places(draws: Draws, rows: np.ndarray, n: int) -> list[np.ndarray]:
-    """Images and rows of the views of a block; places in it of the views that become gray, blurred and solarized."""
+def _extent(boxes: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of the smallest box that contains all boxes."""
+    top, left = boxes[:, :2].min(0).tolist()
+    bottom, right = (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
+    return top, left, bottom, right
+
+
+def _positions(draws: Draws, rows: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
+    """Images of the views of a block, their places in the result, and which become gray, blurred and solarized."""
     chosen = (draws.grays, draws.sigmas, draws.solarized)
-    return [rows % n, rows, *(np.flatnonzero(values[rows]) for values in chosen)]
+    return [rows % (len(places) // 2), places[rows], *(np.flatnonzero(values[rows]) for values in chosen)]
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:

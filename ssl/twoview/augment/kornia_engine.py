@@ -1,6 +1,7 @@
 """The random operations of a view, implemented by Kornia."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,11 +12,29 @@ from twoview.augment.recipe import ViewRecipe, blur_kernel
 from twoview.errors import require
 
 
+@dataclass
+class WholeBatch:
+    """What determines the views of a batch, and the views once they have been made.
+
+    Attributes:
+        seed: seed of the random parameters.
+        sizes: int64 ``[N, 2]`` on the CPU, height and width of each image; None if the images fill their canvases.
+        views: both views of all images; None before they are made.
+    """
+
+    seed: int
+    sizes: Tensor | None
+    views: tuple[Tensor, Tensor] | None = None
+
+
 class Engine:
     """Makes the views of a batch by Kornia.
 
     Draws are made by torch's generator on the device of the images, so they differ between devices. Kornia's crop and
     jitter check their parameters on the host, which waits for a GPU in every batch.
+
+    Kornia draws and applies the parameters of a whole batch together. Parts of a batch are therefore rows of the views
+    of the whole batch, which stay in memory as long as the draws.
 
     Args:
         recipes: recipe of the first and of the second view.
@@ -32,14 +51,24 @@ class Engine:
         self.same = recipes[0] == recipes[1]
         self.operations = [kornia_operations(recipe, image_size) for recipe in recipes]
 
-    def __call__(
-        self, pixels: Tensor, sizes: Tensor | None, seed: int, mean: Tensor, std: Tensor
+    def draw(self, pixels: Tensor, sizes: Tensor | None, seed: int) -> WholeBatch:
+        """Note what determines the views; the arguments are those of :class:`twoview.augment.fused_engine.Engine`."""
+        return WholeBatch(seed, sizes)
+
+    def apply(
+        self, pixels: Tensor, draws: WholeBatch, mean: Tensor, std: Tensor, part: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Make both views; arguments and result are those of :class:`twoview.augment.fused_engine.Engine`."""
-        device = pixels.device
+        if draws.views is None:
+            draws.views = self._all(pixels, draws, mean, std)
+        first, second = draws.views
+        return first[part], second[part]
+
+    def _all(self, pixels: Tensor, draws: WholeBatch, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        device, sizes = pixels.device, draws.sizes
         devices = [device] if device.type != "cpu" else []
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(seed)
+            torch.manual_seed(draws.seed)
             images = pixels.float().div_(255)
             if self.same:
                 first, second = self._apply(self.operations[0], torch.cat([images, images]), sizes, 2).chunk(2)

@@ -41,11 +41,19 @@ def blend(views: Tensor, factor: Tensor, to_mean: Tensor, to_luma: Tensor) -> Te
     """
     if views.shape[1] == 3:
         gray = luma(views)
-        mean = gray.mean((2, 3), keepdim=True)
+        mean = _means(gray)
         other = gray.mul_(to_luma).add_(mean.mul_(to_mean))
     else:
-        other = views.mean((1, 2, 3), keepdim=True).mul_(to_mean)
+        other = _means(views).mul_(to_mean)
     return torch.addcmul(other, views, factor, out=views).clamp_(0, 1)
+
+
+def _means(views: Tensor) -> Tensor:
+    """Mean of each view, ``[M, 1, 1, 1]``, whose last bits do not depend on the number of views."""
+    if len(views) > 1:
+        return views.mean((1, 2, 3), keepdim=True)
+    # On a CPU the pixels of a single view would be divided among the threads, and added up in another order.
+    return views.expand(2, -1, -1, -1).mean((1, 2, 3), keepdim=True)[:1]
 
 
 def shift_hue(views: Tensor, turns: Tensor) -> Tensor:

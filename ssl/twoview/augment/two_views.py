@@ -91,9 +91,44 @@ class TwoViews(nn.Module):
         known = {"image_size": self.image_size, **normalization, **self.limits, "engine": self.engine_name}
         return type(self)(**{**known, **recipe})
 
+    def draw(self, pixels: Tensor, key: Sequence[int] | None = None, sizes: Tensor | None = None) -> Any:
+        """Draw the random parameters of the views of a batch, from which :meth:`forward` makes the views of its parts.
+
+        Args:
+            pixels: uint8 ``[N, C, H, W]``.
+            key: see :meth:`forward`.
+            sizes: see :meth:`forward`.
+
+        Returns:
+            The argument ``draws`` of :meth:`forward`. The engine "kornia" keeps the views of all N images in it.
+
+        Raises:
+            TypeError: if ``pixels`` is not uint8.
+            ValueError: if ``pixels`` does not have four dimensions, or has another number of channels.
+
+        Example:
+            >>> views = TwoViews(image_size=24, channels=3, mean=[0.5] * 3, std=[0.25] * 3)
+            >>> images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+            >>> draws, (whole, _) = views.draw(images, key=(0, 1)), views(images, key=(0, 1))
+            >>> view_a, view_b = views(images, draws=draws, part=slice(1, 3))
+            >>> view_a.shape, bool((view_a == whole[1:3]).all())
+            (torch.Size([2, 3, 24, 24]), True)
+        """
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"TwoViews takes uint8 images in [0, 255], not {pixels.dtype}")
+        if pixels.ndim != 4 or pixels.shape[1] != self.channels:
+            raise ValueError(f"TwoViews was made for [N, {self.channels}, H, W], not {list(pixels.shape)}")
+        seed = int(torch.randint(2**63 - 1, ())) if key is None else derive_seed(key)
+        return self.engine.draw(pixels, sizes, seed)
+
     @torch.no_grad()
     def forward(
-        self, pixels: Tensor, key: Sequence[int] | None = None, sizes: Tensor | None = None
+        self,
+        pixels: Tensor,
+        key: Sequence[int] | None = None,
+        sizes: Tensor | None = None,
+        draws: Any = None,
+        part: slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """Make both views.
 
@@ -103,22 +138,21 @@ class TwoViews(nn.Module):
                 the state of torch's global generator does not change. None draws from the global generator.
             sizes: int64 ``[N, 2]`` on the CPU, height and width of each image, which lies in the top left corner of its
                 canvas ``[C, H, W]``; crops are drawn inside it. None if all images fill the canvas.
+            draws: result of :meth:`draw` for the same images, in place of ``key`` and ``sizes``; None to draw.
+            part: positions of the M images whose views are made. The views are those that a call for all images makes;
+                to the last bit with the engine "fused" on a CPU.
 
         Returns:
-            The first and the second view of each image, fp32 ``[N, C, image_size, image_size]`` each, normalized by
+            The first and the second view of each image, fp32 ``[M, C, image_size, image_size]`` each, normalized by
             ``mean`` and ``std``.
 
         Raises:
             TypeError: if ``pixels`` is not uint8.
             ValueError: if ``pixels`` does not have four dimensions, or has another number of channels.
         """
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"TwoViews takes uint8 images in [0, 255], not {pixels.dtype}")
-        if pixels.ndim != 4 or pixels.shape[1] != self.channels:
-            raise ValueError(f"TwoViews was made for [N, {self.channels}, H, W], not {list(pixels.shape)}")
-        seed = int(torch.randint(2**63 - 1, ())) if key is None else derive_seed(key)
+        draws = self.draw(pixels, key, sizes) if draws is None else draws
         with torch.autocast(pixels.device.type, enabled=False):
-            views: tuple[Tensor, Tensor] = self.engine(pixels, sizes, seed, self.mean, self.std)
+            views: tuple[Tensor, Tensor] = self.engine.apply(pixels, draws, self.mean, self.std, part)
         return views
 
 
