@@ -8,11 +8,13 @@ from functools import partial
 import pytest
 import torch
 from torch import distributed as dist, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from twoview import distributed, methods
 from twoview.heads import projection_head
+from twoview.training.gradient_caching import split_batch, step_in_pieces
 
 N, STEPS = 12, 2
 QUEUES = ("queue.", "support_set.")  # prefixes of their buffers
@@ -71,6 +73,11 @@ CASES = {
     "moco_v3 bn": (methods.MoCoV3, {}, {"bn": "split"}, "batch"),
     "supcon bn": (methods.SupCon, {}, {"bn": "split"}, "batch"),
     "nnclr bn": (methods.NNCLR, {"queue_size": 30}, {"bn": "split", "queue_size": 30}, "batch"),
+    # The ranks encode their images in pieces, the one process does not.
+    "simclr in pieces": (methods.SimCLR, {}, {}, "group"),
+    "moco_v3 in pieces": (methods.MoCoV3, {}, {}, "group"),
+    "supcon in pieces": (methods.SupCon, {}, {}, "group"),
+    "nnclr in pieces": (methods.NNCLR, {"queue_size": 30}, {"queue_size": 30}, "group"),
 }
 
 
@@ -97,9 +104,30 @@ def batches():
         yield *views, torch.arange(step, step + N), torch.arange(N) % 4 - 1
 
 
+class InPieces(nn.Module):
+    """A method that encodes its images in two pieces."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, *views, ids, labels):
+        pieces = split_batch(len(ids), len(ids) // 2)
+        return step_in_pieces(self.method, lambda part: [view[part] for view in views], pieces, (0,), ids, labels)
+
+
 def train(name, rank=0, world=1):
-    method = build(name, world)
-    model = DistributedDataParallel(method, broadcast_buffers=False) if world > 1 else method
+    method = model = build(name, world)
+    reductions = []
+    if world > 1:
+        model = InPieces(method) if "pieces" in name else method
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+
+        def reduce(_state, bucket):
+            reductions.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        model.register_comm_hook(None, reduce)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
     losses, gradients = [], []
     for view_a, view_b, ids, labels in batches():
@@ -113,7 +141,7 @@ def train(name, rank=0, world=1):
         method.after_batch(step)
         losses.append(step.loss.item())
     keep = {k: v for k, v in method.state_dict().items() if "running" not in k and "num_batches" not in k}
-    return {"losses": losses, "gradients": gradients, "state": keep}
+    return {"losses": losses, "gradients": gradients, "state": keep, "reductions": reductions}
 
 
 def work(rank, port, folder):
@@ -187,6 +215,12 @@ def test_gathering_interleaves_the_ranks(two_ranks):
     for rank in range(2):
         gathered = torch.load(two_ranks / f"gathered {rank}.pt", weights_only=True)
         assert gathered.tolist() == [[0, 1], [0, 2], [2, 3], [4, 6], [4, 5], [8, 10]]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "pieces" in name])
+def test_pieces_are_reduced_once_in_a_step(name, two_ranks):
+    in_pieces, whole = (torch.load(two_ranks / f"{each} 0.pt") for each in (name, name.removesuffix(" in pieces")))
+    assert len(in_pieces["reductions"]) == len(whole["reductions"]) >= STEPS
 
 
 def test_gradients_are_not_all_zero():

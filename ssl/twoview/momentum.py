@@ -1,6 +1,7 @@
 """Momentum encoder: an exponential moving average (EMA) of a network, used by MoCo and later methods."""
 
 import copy
+from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
 import torch
@@ -24,6 +25,9 @@ class MomentumCopy(nn.Module):
     Raises:
         UserError: if ``statistics`` is unknown.
 
+    Attributes:
+        stored_outputs: outputs that the next calls return, in place of applying the copy; None to apply it.
+
     Example:
         >>> network = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.ones_(network.weight)
@@ -40,10 +44,13 @@ class MomentumCopy(nn.Module):
         self.copy = copy.deepcopy(module).requires_grad_(False)
         self.statistics = statistics
         self._original = (module,)  # nn.Module does not register modules in a tuple
+        self.stored_outputs: Iterator[Tensor] | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Apply the copy to ``x``, without gradient."""
+        if self.stored_outputs is not None:
+            return next(self.stored_outputs)
         return cast(Tensor, self.copy(x))
 
     @torch.no_grad()

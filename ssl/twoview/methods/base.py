@@ -76,11 +76,17 @@ class Method(nn.Module):
         bn_groups: number G of groups over all ranks, for "split" and "shuffle", >= 2. If G is larger than the number of
             ranks, G must be a multiple of that number.
 
+    Attributes:
+        bn_choices: allowed values of ``bn``.
+        in_batch: whether the loss of an image depends on the other images of the batch, as with in-batch negatives.
+            False if accumulated batches have the same gradient as one large batch.
+
     Raises:
         UserError: if ``bn`` is unknown or not available, or ``bn_groups`` is below 2.
     """
 
     bn_choices: tuple[str, ...] = ("plain", "split", "sync")
+    in_batch: bool = True
 
     def __init__(self, backbone: nn.Module, head: nn.Module, bn: str = "plain", bn_groups: int = 2) -> None:
         super().__init__()

@@ -62,6 +62,7 @@ class MoCo(Method):
     """
 
     bn_choices = ("plain", "split", "shuffle", "sync")
+    in_batch = False
 
     def __init__(  # noqa: PLR0913
         self,

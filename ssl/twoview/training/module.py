@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from twoview.distributed import gather
 from twoview.encoder import LAST, ModelCard
 from twoview.errors import UserError, require
 from twoview.methods import Method, Step
-from twoview.negatives import NegativeQueue
 from twoview.optim import OptimizerSettings, clip_gradients, replace_settings
 from twoview.training.finite import BatchLoss, LossCheck
+from twoview.training.gradient_caching import copy_buffers, restore_buffers, split_batch, step_in_pieces
 from twoview.training.lightning_internals import batches_started, is_accumulating
 from twoview.training.resume import Conditions
 
@@ -40,12 +40,13 @@ class Pretraining(L.LightningModule):
         card: metadata stored in every checkpoint; ``card.seed`` is the seed of augmentation and dropout.
         conditions: settings that are stored and are compared when a run is resumed; None to compare nothing.
         skip_nonfinite: largest number of batches that are skipped because the loss is not finite.
+        micro_batch: largest number of images that are encoded together, see :class:`twoview.training.TrainerSettings`.
 
     Attributes:
         losses: the check of the losses; must read each loss at once if ``skip_nonfinite`` is not 0.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         method: Method,
         augment: TwoViews,
@@ -55,6 +56,7 @@ class Pretraining(L.LightningModule):
         card: ModelCard,
         conditions: Conditions | None = None,
         skip_nonfinite: int = 0,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         self.method: Method = method.to(memory_format=torch.channels_last)
@@ -64,6 +66,7 @@ class Pretraining(L.LightningModule):
         self.length_restored = False  # whether total_steps came from a checkpoint
         self.on_step_boundary: Callable[[L.Trainer], None] | None = None  # called after all batch hooks
         self.skip_nonfinite, self.skipped = skip_nonfinite, 0
+        self.micro_batch = micro_batch
         self.losses = LossCheck()
         self.batches_without_step = 0
         self.changes: list[str] = []  # settings that were changed when the run was resumed
@@ -91,28 +94,37 @@ class Pretraining(L.LightningModule):
         """Seed, batch counter and rank, which determine all random draws of a batch."""
         return self.card.seed, batches_started(self.trainer), self.global_rank
 
-    def views(self, batch: Batch) -> list[Tensor]:
-        """Compute the views of a batch, in channels_last memory format."""
-        views = self.augment(batch.pixels, key=self.key, sizes=batch.sizes)
-        return [view.to(memory_format=torch.channels_last) for view in views]
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute views, outputs of the networks, and the loss."""
         self.no_update = self.no_update or not self.method.ready
-        views = self.views(batch)
-        torch.manual_seed(derive_seed((*self.key, 1)))  # a resumed run has the same dropout
         # Buffers such as BatchNorm statistics are restored if the batch is skipped. Queues do not change before that.
-        modules = [m for m in self.method.modules() if self.skip_nonfinite and not isinstance(m, NegativeQueue)]
-        state = [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
-        self.step = self.method(*views, ids=batch.ids, labels=batch.labels)
+        buffers = copy_buffers(self.method) if self.skip_nonfinite else []
+        self.step = self._step(batch)
         self.losses.add(BatchLoss(self.global_step, self.step.loss.detach(), batch.ids))
         if self.losses.every > 1 or self.check_losses():
             return self.step.loss
-        for buffer, before in state:
-            buffer.copy_(before)
+        restore_buffers(buffers)
         self.step, self.no_update = None, True
         # A zero loss, since all ranks must run a backward pass.
         return 0.0 * torch.stack([p.sum() for p in self.method.parameters() if p.requires_grad]).sum()
+
+    def _step(self, batch: Batch) -> Step:
+        """Apply the method to the whole batch, or encode it in pieces."""
+        pixels, ids, labels, sizes = batch
+        key = (*self.key, 1)  # a resumed run has the same dropout
+        pieces = split_batch(len(pixels), self.micro_batch or len(pixels))
+        if len(pieces) == 1:
+            views = _channels_last(self.augment(pixels, key=self.key, sizes=sizes))
+            torch.manual_seed(derive_seed(key))
+            step: Step = self.method(*views, ids=ids, labels=labels)
+            return step
+        draws = self.augment.draw(pixels, self.key, sizes)
+
+        def views_of(part: slice) -> list[Tensor]:
+            return _channels_last(self.augment(pixels, draws=draws, part=part))
+
+        context = self.trainer.precision_plugin.forward_context
+        return step_in_pieces(self.method, views_of, pieces, key, ids, labels, context)
 
     def check_losses(self) -> bool:
         """Read the losses that have not been read. Call on all ranks, and before weights are saved.
@@ -202,3 +214,7 @@ class Pretraining(L.LightningModule):
         self.length_restored = stored["length"] == self.conditions.length
         if self.length_restored:
             self.total_steps = stored["total_steps"]
+
+
+def _channels_last(views: Sequence[Tensor]) -> list[Tensor]:
+    return [view.to(memory_format=torch.channels_last) for view in views]

@@ -27,6 +27,7 @@ from twoview.schedules import require_warmup_fits
 from twoview.training import callbacks
 from twoview.training.checkpoints import newest
 from twoview.training.compilation import compiled, should_compile
+from twoview.training.gradient_caching import check_micro_batch
 from twoview.training.lightning_internals import batches_completed, keep_csv_rows
 from twoview.training.loader import PretrainingData
 from twoview.training.module import Pretraining
@@ -107,13 +108,16 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     hooks = [logger, check, save, signals, callbacks.ProgressBar(logger), callbacks.KeepMemory(), *limit]
     trainer = build_trainer(settings, network, hooks, run.loggers, run_dir)
     _check_devices(trainer, method, images)
+    _check_batches(settings, method, images, trainer.world_size)
     _check_warmup(recipe, settings, images)
     device = trainer.strategy.root_device
     compiles = should_compile(settings.compile, device)
     conditions = _conditions(trainer, settings, images, run, recipe.optimizer.name, compiles)
     batch = images.batch_size * settings.accumulate
     module = Pretraining(
-        method, views, recipe.optimizer, recipe.schedule, batch, card, conditions, settings.skip_nonfinite
+        *(method, views, recipe.optimizer, recipe.schedule, batch, card, conditions),
+        skip_nonfinite=settings.skip_nonfinite,
+        micro_batch=settings.micro_batch,
     )
     module.on_step_boundary = signals.stop_if_asked
     if device.type != "cpu":  # which works asynchronously
@@ -233,6 +237,17 @@ def _check_devices(trainer: L.Trainer, method: Method, images: ImageData) -> Non
     require(unsynced, f"method.bn=sync: needs a GPU, not {device}; choose plain or split")
 
 
+def _check_batches(settings: TrainerSettings, method: Method, images: ImageData, world: int) -> None:
+    if settings.micro_batch is not None:
+        check_micro_batch(settings.micro_batch, method, images.batch_size // world, world)
+    if settings.accumulate > 1 and method.in_batch:
+        log.info(
+            "trainer.accumulate=%d: adds no negatives, since %s compares the images of one batch; a larger "
+            "data.batch_size adds negatives, and fits in memory with trainer.micro_batch=N",
+            *(settings.accumulate, type(method).__name__),
+        )
+
+
 def _divide_default_batch(images: ImageData, world: int) -> None:
     """Reduce a batch size that was not chosen to a multiple of the number of processes."""
     if isinstance(images.batch_size, DefaultBatch):
@@ -262,6 +277,7 @@ def _conditions(
         "seed": run.seed,
         "data.batch_size": images.batch_size,
         "trainer.accumulate": settings.accumulate,
+        "trainer.micro_batch": settings.micro_batch,
         "trainer.precision": str(trainer.precision),
         "trainer.compile": compiles,
         "processes": trainer.world_size,

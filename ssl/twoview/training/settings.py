@@ -57,8 +57,8 @@ class RunSettings:
         resume: any true value continues from the last checkpoint in ``run_dir``, if there is one. A string has no other
             meaning: the command line passes the path of the run folder, which is also ``run_dir``.
         exact: whether to refuse to resume if the result could differ from that of an uninterrupted run. This is the
-            case if ``knobs``, seed, batch size, accumulation, precision, number of processes or threads, device, data
-            or the version of torch differ.
+            case if ``knobs``, seed, batch size, accumulation, pieces of a batch, precision, number of processes or
+            threads, device, data or the version of torch differ.
         identity: hash of all settings, or None. With a hash, a finished run in ``run_dir`` is not repeated: its report
             is returned if identity, data and version of twoview are the same. A run that was stopped during the
             evaluation can then be resumed, which repeats only the evaluation.
@@ -93,6 +93,9 @@ class TrainerSettings:
         precision: "auto", "32-true", "bf16-mixed" or "16-mixed"; see
             :func:`twoview.training.trainer.choose_precision`.
         accumulate: number of batches per optimizer step, >= 1; does not increase the number of negatives.
+        micro_batch: largest number of images of a device whose activations are in memory together, >= 2; None for the
+            whole batch. The loss and its gradient are those of the whole batch, see
+            :mod:`twoview.training.gradient_caching`.
         clip: largest norm of the gradient, > 0; None for no clipping.
         compile: whether to compile the backbone and its momentum copy by ``torch.compile``; "auto" does so on CUDA.
             Compilation takes up to a minute at the start.
@@ -119,6 +122,7 @@ class TrainerSettings:
     devices: int = 1
     precision: str = "auto"
     accumulate: int = 1
+    micro_batch: int | None = None
     clip: float | None = None
     compile: bool | str = "auto"
     skip_nonfinite: int = 0
@@ -139,6 +143,7 @@ class TrainerSettings:
         require(any(x is not None for x in limits.values()), f"{unlimited}: set one of them, so that the run ends")
         require_at_least("trainer", 1, max_epochs=self.max_epochs, max_steps=self.max_steps, devices=self.devices)
         require_at_least("trainer", 1, accumulate=self.accumulate, log_every=self.log_every)
+        require_at_least("trainer", 2, micro_batch=self.micro_batch)
         require_at_least("trainer", 0, skip_nonfinite=self.skip_nonfinite, check_every=self.check_every)
         _ = self.seconds
 

@@ -110,7 +110,8 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, ch
     """
     environment, threads = dict(os.environ), torch.get_num_threads()
     ranks, batch = Ranks(Path(trainer.default_root_dir)), data.images.batch_size
-    advice = "try a smaller data.batch_size, data.image_size or backbone.name, or trainer.precision=bf16-mixed"
+    smaller = "try a smaller data.batch_size, data.image_size or backbone.name"
+    advice = f"{smaller}, or trainer.micro_batch=N, backbone.checkpointing=true or trainer.precision=bf16-mixed"
     try:
         with process_observer(ranks.watch), explained_memory(f"data.batch_size={batch}: out of memory; {advice}"):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
