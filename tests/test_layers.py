@@ -16,7 +16,7 @@ LAYERS = {
     "arithmetic": {"losses", "streaming", "variants", "schedules", "metrics"},
     "parts": {
         *("backbones", "heads", "momentum", "negatives", "distributed", "optim", "augment", "data"),
-        *("files", "torch_files", "devices"),
+        *("files", "torch_files", "devices", "recomputation"),
     },
     "encoder": {"encoder"},
     "methods": {"methods"},

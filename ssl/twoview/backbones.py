@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from twoview.devices import explained_memory, require_memory
 from twoview.errors import UserError, require, require_at_least, require_choice
+from twoview.recomputation import recompute_activations, update_statistics_once, updates_statistics_once
 from twoview.torch_files import load_safetensors, load_torch
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ OURS: dict[str, tuple[str, dict[str, Any], Stem]] = {
 }
 
 
-def create_backbone(
+def create_backbone(  # noqa: PLR0913
     name: str = "resnet10_narrow",
     in_chans: int = 3,
     image_size: int = 32,
@@ -38,6 +39,7 @@ def create_backbone(
     pretrained: bool = False,
     partial_weights: bool = False,
     options: Mapping[str, Any] = {},
+    checkpointing: bool = False,
 ) -> tuple[nn.Module, int]:
     """Create a timm network without its classifier.
 
@@ -61,13 +63,16 @@ def create_backbone(
         partial_weights: whether ``weights`` may lack some tensors of the network; these tensors are then initialized at
             random.
         options: further arguments of the timm constructor, such as ``{"drop_path_rate": 0.1}``.
+        checkpointing: whether activations are computed again in the backward pass, instead of being kept in memory. All
+            results, running statistics of BatchNorm and :func:`build_arguments` are the same.
 
     Returns:
         The network, and the width F of its features. ``create_backbone(**build_arguments(network))`` creates the same
         architecture at random initialization.
 
     Raises:
-        UserError: if the name is unknown, the network rejects the image size or an option, or the weights do not fit.
+        UserError: if the name is unknown, the network rejects the image size or an option, the weights do not fit, or
+            timm does not support checkpointing of the network.
 
     Example:
         >>> network, width = create_backbone("test_resnet", in_chans=1, image_size=32)
@@ -91,6 +96,8 @@ def create_backbone(
         _use_small_stem(network, name, stride=2 if stem == "small_stride2" else 1)
     if weights is not None:
         _load_weights(network, Path(weights), partial_weights)
+    if checkpointing:
+        recompute_activations(network, given)
     arguments = {"name": name, "in_chans": in_chans, "image_size": image_size, "stem": stem}
     network.build_arguments = {**arguments, "options": {**options, **patches}}  # type: ignore[assignment]
     return network, feature_width(network, in_chans, image_size, given)
@@ -315,4 +322,8 @@ def sync_batch_norm(module: nn.Module) -> nn.Module:
         >>> type(sync_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))[0]).__name__
         'SyncBatchNorm'
     """
-    return cast(nn.Module, timm.layers.convert_sync_batchnorm(module))
+    checkpointing = updates_statistics_once(module)
+    converted = cast(nn.Module, timm.layers.convert_sync_batchnorm(module))
+    if checkpointing:  # the new modules do not have the hooks of the old ones
+        update_statistics_once(converted)
+    return converted
