@@ -1,6 +1,6 @@
 """Memory, time and gradients of a batch in pieces (trainer.micro_batch) beside the whole batch; Markdown tables.
 
-    python benchmarks/micro_batch.py                      # batch 1024 in pieces of 128; 20 minutes on one core
+    python benchmarks/micro_batch.py                      # batch 1024 in pieces of 128; 6 minutes on one core
     python benchmarks/micro_batch.py --only simclr --json table.json
 
 A step makes the views of a batch of 64-pixel images, computes the loss, and propagates its gradient. The network is a
