@@ -127,6 +127,7 @@ class KeysInBetween(Method):
     def __init__(self, backbone, head):
         super().__init__(backbone, head)
         self.target = MomentumCopy(nn.Sequential(self.backbone, self.head))
+        self.scale = nn.Parameter(torch.tensor(2.0))  # enters the loss only
 
     def encode(self, *views):
         features, first = self.embed(views[0])
@@ -135,7 +136,7 @@ class KeysInBetween(Method):
 
     def loss(self, encoded, ids=None, labels=None):
         a, b = (F.normalize(z) @ F.normalize(t).T for z, t in zip(encoded.embeddings, encoded.targets, strict=True))
-        loss = (a.logsumexp(1) + b.logsumexp(0)).mean()
+        loss = ((self.scale * a).logsumexp(1) + (self.scale * b).logsumexp(0)).mean()
         return Step(loss, encoded.features, tuple(z.detach() for z in encoded.embeddings))
 
 
@@ -146,6 +147,7 @@ def test_momentum_encoders_are_applied_once_and_do_not_shift_the_random_draws():
     built.target.copy.register_forward_hook(lambda *_: applied.append("copy"))
     built.backbone.register_forward_hook(lambda *_: applied.append("own"))
     assert_near(gradients(built, step_in_pieces(built, slices_of(views), PIECES, KEY).loss), expected, 1e-9)
+    assert built.scale.grad.abs() > 1e-3
     assert (applied.count("copy"), applied.count("own")) == (2 * len(PIECES), 4 * len(PIECES))
     x = two_views()[0]
     assert built.target.stored_outputs is None

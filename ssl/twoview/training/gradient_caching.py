@@ -107,13 +107,15 @@ def step_in_pieces(
     number = len(encoded.embeddings)
     embeddings, predictions = tuple(outputs[:number]), tuple(outputs[number:])
     step = method.loss(Encoded(encoded.features, embeddings, predictions, encoded.targets), ids, labels)
-    with torch.autocast(step.loss.device.type, enabled=False):
-        gradients = torch.autograd.grad(step.loss, outputs, allow_unused=True)
     parameters = [p for p in method.parameters() if p.requires_grad]
+    with torch.autocast(step.loss.device.type, enabled=False):
+        # Parameters such as a temperature may enter the loss without a network.
+        gradients = torch.autograd.grad(step.loss, [*outputs, *parameters], allow_unused=True)
 
     def backward(scale: Tensor) -> list[Tensor | None]:
         scaled = [None if gradient is None else gradient * scale for gradient in gradients]
-        return passes.gradients(scaled, parameters)
+        direct, of_networks = scaled[len(outputs) :], passes.gradients(scaled[: len(outputs)], parameters)
+        return [_sum(one, other) for one, other in zip(direct, of_networks, strict=True)]
 
     step.loss = _LossInPieces.apply(step.loss.detach(), backward, *parameters)
     return step
