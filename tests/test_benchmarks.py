@@ -43,6 +43,25 @@ SMALL = {
 }
 
 
+def test_the_parts_of_a_step_are_measured(tmp_path):
+    file = tmp_path / "table.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "sizing.py"),
+        "--networks",
+        "test_resnet",
+        "--image-size",
+        "32",
+    ]
+    done = subprocess.run(
+        [*command, "--json", str(file)], capture_output=True, text=True, timeout=120, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["operations"] > row["parameters"] > 0  # each weight of a convolution is used at many places
+    assert row["activations"] > 4 * 3 * 32 * 32 / 2
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_the_small_form_of_a_benchmark_runs_to_its_end(name, tmp_path):
     arguments, expected = SMALL[name]

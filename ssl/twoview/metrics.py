@@ -52,8 +52,8 @@ def uniformity(z: Tensor) -> float:
     for i, rows in enumerate(u.split(UNIFORMITY_BLOCK)):
         for j, columns in enumerate(u.split(UNIFORMITY_BLOCK)[i:]):
             values = -2 * (2 - 2 * (rows @ columns.T)).clamp(min=0)
-            pairs = torch.ones_like(values, dtype=torch.bool).triu(1)  # each pair once, in blocks on the diagonal
-            parts.append((values if j else values[pairs]).flatten().logsumexp(0))
+            once = values if j else values[torch.ones_like(values, dtype=torch.bool).triu(1)]  # each pair once
+            parts.append(once.flatten().logsumexp(0))
     return float(torch.stack(parts).logsumexp(0) - math.log(len(u) * (len(u) - 1) // 2))
 
 
@@ -106,7 +106,7 @@ def feature_std(z: Tensor) -> float:
 
 @torch.no_grad()
 def contrastive_logs(
-    positive: Tensor, similarity: Tensor, valid: Tensor, mask_above: float | None = None
+    positive: Tensor, similarity: Tensor, valid: Tensor, above: float | None = None
 ) -> dict[str, Tensor]:
     """Compute the metrics of a contrastive task that are logged during training.
 
@@ -114,12 +114,12 @@ def contrastive_logs(
         positive: ``[N]`` cosine similarity of each row to its positive.
         similarity: ``[N, M]`` cosine similarities.
         valid: boolean ``[N, M]``, true where a column is a negative of the row.
-        mask_above: similarity above which negatives are taken for false ones; None for no limit.
+        above: similarity above which negatives are taken for false ones; None for no limit.
 
     Returns:
         Scalars. ``contrastive_top1``: share of rows whose positive is more similar than every negative, without
         ties. ``positive_similarity`` and ``negative_similarity``: mean cosine similarities to positives and negatives.
-        ``masked``, with ``mask_above``: share of the negatives that are more similar.
+        ``masked``, with ``above``: share of the negatives that are more similar.
 
     Example:
         >>> valid = torch.ones(2, 2, dtype=torch.bool)
@@ -135,8 +135,8 @@ def contrastive_logs(
         "positive_similarity": positive.mean(),
         "negative_similarity": (similarity * valid).sum() / valid.sum().clamp(min=1),
     }
-    if mask_above is not None:
-        logs["masked"] = (valid & (similarity > mask_above)).sum() / valid.sum().clamp(min=1)
+    if above is not None:
+        logs["masked"] = (valid & (similarity > above)).sum() / valid.sum().clamp(min=1)
     return logs
 
 
@@ -241,10 +241,8 @@ def knn_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest neighbors of each query in the bank by cosine similarity.
 
-    Similarities are computed in blocks of ``chunk`` queries by at most 32,768 vectors of the bank, of which only the k
-    best are kept, so that memory does not grow with N * M. The result is exact: no vector that is left out has a
-    higher similarity, as computed in fp32, than one that is returned. Which of several vectors with the same similarity
-    are returned, and in which order, is not defined.
+    Memory does not grow with N * M. The result is that of all similarities in fp32; which of several equally similar
+    vectors are returned, and in which order, is not defined.
 
     Args:
         bank: ``[M, D]`` features, not necessarily normalized.
@@ -285,16 +283,15 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row of ``[n, m]`` in decreasing order, and their columns; k <= m."""
     m = similarity.shape[1]
     if m < 4096 or m < 4 * GROUP * k:
-        top = similarity.topk(k, dim=1)
-        return top.values, top.indices
+        return tuple(similarity.topk(k, dim=1))  # type: ignore[return-value]
     # To sort is slow. The k groups with the largest maxima hold k values that are at least as large as every value of
     # the other groups. Column j of group i is j * groups + i, so that maxima are taken over whole rows of memory.
     groups = m // GROUP
     maxima = similarity[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1)
     members = torch.arange(GROUP, device=similarity.device)[:, None] * groups
     columns = (maxima.topk(k, dim=1, sorted=False).indices[:, None] + members).flatten(1)
-    rest = torch.arange(groups * GROUP, m, device=similarity.device).expand(len(similarity), -1)
-    columns = torch.cat([columns, rest], 1)
+    rest = torch.arange(groups * GROUP, m, device=similarity.device)
+    columns = torch.cat([columns, rest.expand(len(similarity), -1)], 1)
     values, order = similarity.gather(1, columns).topk(k, dim=1)
     return values, columns.gather(1, order)
 

@@ -10,8 +10,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-# Largest number of logits that are computed together. On a CPU they stay in its cache (measured).
-CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
+# Largest number of logits that are computed together, which on a CPU stay in its cache, unless that would leave few
+# rows, whose products are slow (measured).
+CPU_BLOCK, GPU_BLOCK, FEWEST_ROWS = 2**21, 2**26, 128
 Products = Literal["full", "bf16"]
 RowLosses = tuple[Tensor, Tensor, list[Tensor]]  # losses, and derivatives by the positives and by the log-sums
 
@@ -117,7 +118,7 @@ class _MeanLoss(torch.autograd.Function):
         ctx.gradients = gradients = [torch.zeros_like(x) if graph and needed else None for x, needed in inputs]
         of_anchors, of_candidates, of_positive = gradients
         product = candidates.bfloat16() if rows.products == "bf16" else candidates
-        size = max(16, (CPU_BLOCK if anchors.device.type == "cpu" else GPU_BLOCK) // len(candidates))
+        size = max(FEWEST_ROWS, (CPU_BLOCK if anchors.device.type == "cpu" else GPU_BLOCK) // len(candidates))
         for start in range(0, len(anchors), size):
             block = slice(start, start + size)
             logits = _logits(anchors[block], product, rows, block)
