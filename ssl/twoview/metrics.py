@@ -129,9 +129,8 @@ def contrastive_logs(
     """
     if not similarity.shape[1]:  # an empty queue
         similarity, valid = similarity.new_zeros(len(positive), 1), valid.new_zeros(len(positive), 1)
-    hardest = similarity.masked_fill(~valid, -math.inf).amax(1)
     logs = {
-        "contrastive_top1": (positive > hardest).float().mean(),
+        "contrastive_top1": (positive > similarity.masked_fill(~valid, -math.inf).amax(1)).float().mean(),
         "positive_similarity": positive.mean(),
         "negative_similarity": (similarity * valid).sum() / valid.sum().clamp(min=1),
     }
