@@ -109,6 +109,14 @@ def test_gradients_are_those_of_the_whole_batch(method):
     assert step.logs.keys() == whole.logs.keys()
 
 
+def test_a_learned_temperature_has_the_gradient_of_the_whole_batch():
+    built, views = make_groupnorm(partial(SimCLR, learn_temperature=True), drop_path=0.0), two_views()
+    expected = gradients(built, built(*views).loss)
+    step = step_in_pieces(built, slices_of(views), PIECES, KEY, IDS, LABELS)
+    assert_near(gradients(built, step.loss), expected, 1e-9)
+    assert built.temperature.log_scale.grad.abs() > 1e-4
+
+
 @pytest.mark.parametrize("method", IN_BATCH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_with_drop_path_are_those_of_the_same_draws(method, dtype):
