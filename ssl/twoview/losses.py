@@ -29,7 +29,7 @@ from typing import Any, Unpack, overload
 import torch
 from torch import Tensor
 
-from twoview.streaming import RowLosses, Rows, equal_ids, mean_loss
+from twoview.streaming import RowLosses, Rows, known_keys, known_views, mean_loss
 from twoview.variants import LossOptions, Variant, check_loss_arguments
 
 
@@ -93,7 +93,7 @@ def nt_xent(
         views = torch.cat([images, images + n])
         own = torch.stack([views, views.roll(len(images))], 1)
         rows = views % n
-        known = None if same is None else _known(same, rows)
+        known = None if same is None else known_views(same, rows, n)
         z, partners = z_2ND[views], z_2ND[own[:, 1]]
         if variant == "dclw":
             partners = partners * _weights((z_2ND[:n] * z_2ND[n:]).sum(1), parameters)[rows]
@@ -136,7 +136,7 @@ def info_nce(
     parameters = check_loss_arguments(temperature, variant, **options)
     with torch.autocast(q.device.type, enabled=False):
         q_ND, k_ND, negatives_KD = l2_normalize(q), l2_normalize(k), l2_normalize(negatives)
-        known = equal_ids(*same) if isinstance(same, tuple) else None if same is None else same.__getitem__
+        known = None if same is None else known_keys(same, len(q), len(negatives))
         if variant == "dclw":
             k_ND = k_ND * _weights((q_ND * k_ND).sum(1), parameters)
         return _contrast(q_ND, k_ND, negatives_KD, temperature, variant, parameters, None, known)
@@ -239,7 +239,7 @@ def sup_con(
         # The mean logit of the positives is the logit of their mean. Row c of ``sums`` is the sum over all views of a
         # class, where c is the place of the class in the sorted labels, or of an image without a label.
         images = torch.arange(n, device=z_a.device)
-        rows = torch.where(labels >= 0, torch.searchsorted(labels.sort().values, labels), n + images)
+        rows = torch.where(labels >= 0, torch.searchsorted(labels.sort().values, labels.contiguous()), n + images)
         sums = z_2ND.new_zeros(2 * n, z_2ND.shape[1]).index_put((rows.repeat(2),), z_2ND, accumulate=True)
         count = z_2ND.new_zeros(2 * n).index_put((rows,), z_2ND.new_full((n,), 2.0), accumulate=True)
         views = torch.cat([images[anchors], images[anchors] + n])
@@ -291,13 +291,6 @@ def _contrast(
     # All logits of a row are products with the same rounded numbers, so that their differences are precise.
     queries = anchors / temperature
     return mean_loss(queries, candidates, (queries * positives).sum(1), rows)
-
-
-def _known(same: Tensor, rows: Tensor) -> Callable[[slice], Tensor]:
-    """Known positives among both views of all images, for rows that are views of the images ``rows``."""
-    if same.ndim == 1:
-        return equal_ids(same[rows], same.repeat(2))
-    return lambda block: same[rows[block]].repeat(1, 2)
 
 
 def _weights(similarity: Tensor, parameters: dict[str, Any]) -> Tensor:

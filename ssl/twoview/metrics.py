@@ -140,28 +140,28 @@ def contrastive_logs(
 
 
 @torch.no_grad()
-def in_batch_logs(z_a: Tensor, z_b: Tensor, rows: int = 256, mask_above: float | None = None) -> dict[str, Tensor]:
+def in_batch_logs(
+    z_a: Tensor, z_b: Tensor, same: Tensor | None = None, above: float | None = None, rows: int = 256
+) -> dict[str, Tensor]:
     """Compute :func:`contrastive_logs` of the first views; all views of other images in the batch are negatives.
 
     Args:
         z_a: ``[N, D]`` embeddings of the first views.
         z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
+        same: int ``[N]``; images with equal numbers >= 0 are not negatives of each other. None for no such images.
+        above: see :func:`contrastive_logs`.
         rows: number of first views that are evaluated; limits the cost for large batches.
-        mask_above: see :func:`contrastive_logs`.
-
-    Returns:
-        The scalars of :func:`contrastive_logs`.
 
     Example:
         >>> in_batch_logs(torch.eye(3), torch.eye(3))["contrastive_top1"]
         tensor(1.)
     """
-    u_a, u_b = l2_normalize(z_a), l2_normalize(z_b)
-    anchors = u_a[:rows]
+    u_a, u_b, anchors = l2_normalize(z_a), l2_normalize(z_b), l2_normalize(z_a[:rows])
     own = torch.eye(len(anchors), len(u_a), dtype=torch.bool, device=u_a.device)
+    own = own if same is None else own | ((same[:rows, None] == same) & (same >= 0))
     with torch.autocast(u_a.device.type, enabled=False):
         similarity = anchors @ torch.cat([u_a, u_b]).T
-    return contrastive_logs((anchors * u_b[:rows]).sum(1), similarity, ~torch.cat([own, own], 1), mask_above)
+    return contrastive_logs((anchors * u_b[:rows]).sum(1), similarity, ~torch.cat([own, own], 1), above)
 
 
 @torch.no_grad()

@@ -91,6 +91,39 @@ def equal_ids(ids: Tensor, others: Tensor) -> Callable[[slice], Tensor]:
     return lambda block: known[block] == columns
 
 
+def known_views(same: Tensor, rows: Tensor, n: int) -> Callable[[slice], Tensor]:
+    """Known positives among both views of n images, for rows that are views of the images ``rows``.
+
+    Args:
+        same: ids or a mask, see :func:`twoview.losses.nt_xent`.
+        rows: int64 ``[M]``, image of each row.
+        n: number of images.
+
+    Raises:
+        ValueError: if ``same`` has another shape or type.
+    """
+    if same.shape == (n,) and not same.is_floating_point():
+        return equal_ids(same[rows], same.repeat(2))
+    if same.shape != (n, n) or same.dtype != torch.bool:
+        raise ValueError(f"same must be int [{n}] or boolean [{n}, {n}], not {same.dtype} {list(same.shape)}")
+    return lambda block: same[rows[block]].repeat(1, 2)
+
+
+def known_keys(same: Tensor | tuple[Tensor, Tensor], n: int, k: int) -> Callable[[slice], Tensor]:
+    """Known positives of n queries among k stored keys; ``same`` as in :func:`twoview.losses.info_nce`.
+
+    Raises:
+        ValueError: if ``same`` has another shape or type.
+    """
+    if isinstance(same, tuple):
+        if [len(ids) for ids in same] != [n, k]:
+            raise ValueError(f"same must be ids [{n}] and [{k}], not {[list(ids.shape) for ids in same]}")
+        return equal_ids(*same)
+    if same.shape != (n, k) or same.dtype != torch.bool:
+        raise ValueError(f"same must be boolean [{n}, {k}], not {same.dtype} {list(same.shape)}")
+    return lambda block: same[block]
+
+
 def count_equal(ids: Tensor, others: Tensor) -> Tensor:
     """Count the entries of ``others`` that are equal to each id, with memory linear in their numbers.
 
@@ -105,7 +138,7 @@ def count_equal(ids: Tensor, others: Tensor) -> Tensor:
         >>> count_equal(torch.tensor([3, -1]), torch.tensor([3, 3, -1]))
         tensor([2, 0])
     """
-    order = others.sort().values
+    ids, order = ids.contiguous(), others.sort().values
     counts = torch.searchsorted(order, ids, right=True) - torch.searchsorted(order, ids)
     return torch.where(ids >= 0, counts, 0)
 

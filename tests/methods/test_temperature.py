@@ -27,6 +27,9 @@ def test_a_scheduled_temperature_follows_a_half_cosine_after_each_update(method)
         step = built.loss(encoded, IDS, IDS)
         constant = filled(make(method, temperature=expected, **ALL[method])).loss(encoded, IDS, IDS)
         assert step.logs["temperature"] == pytest.approx(expected)
+        built.after_update(0.25)  # what was logged does not change
+        assert step.logs["temperature"] == pytest.approx(expected)
+        built.after_update(progress)
         torch.testing.assert_close(step.loss, constant.loss)
         torch.testing.assert_close(torch.as_tensor(step.chance).double(), torch.as_tensor(constant.chance).double())
 
@@ -95,6 +98,8 @@ def test_a_run_that_was_stopped_continues_with_the_same_temperature(tmp_path, kn
         (SimCLR, {"temperature_end": -1}, "method.temperature_end=-1: must be above 0"),
         (SimCLR, {"temperature_end": 0.1, "learn_temperature": True}, "method.temperature_end=0.1: leave it out"),
         (SimCLR, {"temperature": 0.001, "learn_temperature": True}, "method.temperature=0.001: a learned temperature"),
+        (SimCLR, {"temperature": 2, "learn_temperature": True}, "method.temperature=2: a learned temperature"),
+        (SimCLR, {"temperature": True}, "method.temperature=True: must be above 0"),
         (MoCo, {"variant": "hard", "learn_temperature": True}, "learn_temperature=true: not with method.variant=hard"),
     ],
 )
@@ -133,3 +138,5 @@ def test_masked_negatives_are_left_out_and_their_share_is_logged():
     queue = filled(make(MoCo, queue_size=16, mask_above=0.2))(*views(), ids=IDS)
     assert 0 <= queue.logs["masked"] <= 1
     assert "masked" not in make(SimCLR)(*views()).logs
+    same = make(SimCLR, same="labels", mask_above=0.1).loss(encoded, labels=torch.zeros(8, dtype=torch.int64))
+    assert same.logs["masked"] == 0  # known positives are no negatives

@@ -1,41 +1,50 @@
 """Freed memory is kept in the process during training on a CPU, and returned afterwards."""
 
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-import torch
+from commands import environment
 from short_runs import CPU, StopsAfter, pretrain
 
 from twoview.errors import Interrupted
 from twoview.training.callbacks import KeepMemory, keep_memory
-from twoview.training.callbacks.keep_memory import DEFAULTS, KEPT, set_allocator
+from twoview.training.callbacks.keep_memory import DEFAULTS, set_allocator
 
 glibc = pytest.mark.skipif(not set_allocator(DEFAULTS), reason="this C library is not glibc")
-MIB_64 = 64 << 20
-PAGES = MIB_64 // resource.getpagesize()
+# Pages that the system hands out while a fresh process makes and frees large tensors. Free memory that other tests have
+# left in the heap of this process would be used again in any case.
+PAGES = """
+import resource
+import torch
+from twoview.training.callbacks import keep_memory
 
-
-def faults_of_large_tensors():
-    """Pages that the system hands out while tensors of 64 MiB are made and freed three times."""
+def pages(rounds=3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
-        torch.zeros(MIB_64, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    for _ in range(rounds):
+        tensors = [torch.empty(size * 2**20, dtype=torch.uint8).fill_(1) for size in (40, 64, 48, 96, 36)]
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
+
+before = pages()
+assert keep_memory.set_allocator(keep_memory.KEPT)
+pages()
+kept = pages()
+keep_memory.set_allocator(keep_memory.DEFAULTS)
+keep_memory._glibc().malloc_trim(0)
+print(before, kept, pages())
+"""
 
 
 @glibc
 def test_the_memory_of_large_tensors_is_used_again_while_it_is_kept_and_not_before_and_after():
-    before = faults_of_large_tensors()
-    assert set_allocator(KEPT)
-    try:
-        faults_of_large_tensors()
-        kept = faults_of_large_tensors()
-    finally:
-        set_allocator(DEFAULTS)
-        keep_memory._glibc().malloc_trim(0)
-    assert kept < PAGES / 10 < PAGES < before
-    assert faults_of_large_tensors() > PAGES
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, env=environment(), check=True)
+    before, kept, after = map(float, done.stdout.split())
+    everything = 284 * 2**20 / resource.getpagesize()
+    assert before > 0.9 * everything
+    assert kept < 0.1 * everything
+    assert after > 0.3 * everything
 
 
 class Recorder(StopsAfter):
@@ -81,7 +90,6 @@ def test_a_run_keeps_memory_after_its_first_batch_until_it_ends_or_is_stopped(re
     logger = recorded(tmp_path, after)
     assert logger.kept.count(True) >= 2
     assert not logger.callback.kept
-    assert faults_of_large_tensors() > PAGES
 
 
 def test_nothing_is_kept_if_memory_is_scarce(recorded, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from short_runs import CPU, losses, pretrain
 from torch import nn
 
 from twoview.errors import UserError
-from twoview.training.trainer import choose_precision
+from twoview.training.trainer import build_trainer, choose_precision
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -62,3 +62,11 @@ cli.main()
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("twoview: data.batch_size=2048: out of memory; try a smaller data.batch_size")
     assert "Traceback" not in done.stderr
+
+
+def test_a_job_of_slurm_with_one_task_trains_on_all_devices(tmp_path, monkeypatch):
+    job = {"JOB_ID": "1", "JOB_NAME": "pretraining", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    trainer = build_trainer(replace(CPU, devices=2), nn.Linear(2, 2), [], [], tmp_path)
+    assert trainer.world_size == 2

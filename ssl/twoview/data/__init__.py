@@ -18,7 +18,6 @@ __all__ = [
     "folder",
     "from_dataset",
     "parquet",
-    "read_groups",
     "stl10",
     "webdataset",
 ]

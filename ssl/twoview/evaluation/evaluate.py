@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twoview.augment import TwoViews
-from twoview.data import ImageData, Images
+from twoview.data import ImageData
 from twoview.devices import explained_memory, memory_error
 from twoview.encoder import Encoder, ModelCard, hidden_labels
 from twoview.evaluation import progress
@@ -151,7 +151,9 @@ def _inputs(
         ours, theirs = (
             pixel_features(small[split].pixels, settings.memory, settings.cache)
             if network is None
-            else _features(network.to(encoder.device), source, images.batch_size, settings)
+            else network_features(
+                network.to(encoder.device), source, images.batch_size, settings.memory, settings.cache
+            )
             for split, source in (("train", train), ("test", test))
         )
     return Inputs(
@@ -219,13 +221,3 @@ def seen_labels(card: ModelCard, labels: Tensor, holdout: float) -> dict[str, li
 def _is_result(measures: Sequence[Measure], found: Any) -> bool:
     names = {measure.name for measure in measures}
     return isinstance(found, dict) and found.keys() <= names and all(isinstance(row, dict) for row in found.values())
-
-
-def _features(encoder: Encoder, images: Images, batch_size: int, settings: EvaluationSettings) -> Tensor:
-    progress.add_steps(total=len(images))
-    # Counted where the network is applied, however the features are stored.
-    counted = encoder.network.register_forward_hook(lambda _, given, __: progress.add_steps(done=len(given[0])))
-    try:
-        return network_features(encoder, images, batch_size, settings.memory, settings.cache)
-    finally:
-        counted.remove()

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from twoview.data import Images
 from twoview.devices import available_memory, size_in_bytes
 from twoview.encoder import Encoder
 from twoview.errors import UserError, require
+from twoview.evaluation import progress
 from twoview.evaluation.cache import cached, key
 from twoview.files import open_regular, remove_left_over, write_atomically
 
@@ -125,7 +126,14 @@ def network_features(
     """
     shape = (len(images), encoder.width)
     name = partial(key, encoder.network, encoder.preprocess, images)
-    collect = partial(collect_features, partial(encoder.features, images, batch_size), shape, memory)
+
+    def parts() -> Iterator[Tensor]:
+        for part in encoder.features(images, batch_size):
+            progress.add_steps(done=len(part))
+            yield part
+
+    progress.add_steps(total=len(images))
+    collect = partial(collect_features, parts, shape, memory)
 
     def fits(found: Any) -> bool:
         return isinstance(found, Tensor) and found.dtype == torch.float32 and found.shape == shape

@@ -198,7 +198,8 @@ def in_batch_step(
     z_a: Tensor,
     z_b: Tensor,
     chance: Tensor | float,
-    mask_above: float | None = None,
+    same: Tensor | None = None,
+    above: float | None = None,
 ) -> Step:
     """Build the step of a method whose negatives are the other images of the batch.
 
@@ -208,10 +209,11 @@ def in_batch_step(
         z_a: ``[N, D]`` embeddings of the first views, gathered from all ranks.
         z_b: ``[N, D]`` embeddings of the second views; row i is the positive of row i of ``z_a``.
         chance: loss if all similarities are equal.
-        mask_above: similarity above which negatives are left out of the loss; None for no limit.
+        same: int ``[N]``, see :func:`twoview.metrics.in_batch_logs`.
+        above: similarity above which negatives are left out of the loss; None for no limit.
     """
     z_a, z_b = z_a.detach(), z_b.detach()
-    return Step(loss, encoded.features, (z_a, z_b), {**in_batch_logs(z_a, z_b, mask_above=mask_above)}, chance)
+    return Step(loss, encoded.features, (z_a, z_b), {**in_batch_logs(z_a, z_b, same, above)}, chance)
 
 
 def gathered(*tensors: Tensor) -> list[Tensor]:

@@ -90,8 +90,9 @@ class NNCLR(Method):
             The loss and values for monitoring. ``keys`` are the embeddings to store in the support set.
         """
         z_a, z_b, p_a, p_b = gathered(*encoded.embeddings, *encoded.predictions)
-        near_a, near_b = self._nearest(z_a), self._nearest(z_b)
         temperature, rows = current(self.temperature), own_rows()
+        near_a, near_b = z_a.detach().clone(), z_b.detach().clone()
+        near_a[rows], near_b[rows] = self._nearest(z_a[rows]), self._nearest(z_b[rows])
         loss = (batch_nce(near_a, p_b, temperature, rows) + batch_nce(near_b, p_a, temperature, rows)) / 2
         step = in_batch_step(encoded, mean_over_ranks(loss), z_a, z_b, chance_level(len(z_a) - 1))
         step.logs |= logged(temperature)

@@ -87,7 +87,7 @@ class SimCLR(Method):
             chance = chance_level(2 * (len(z_a) - count_equal(same, same).clamp(min=1)), self.variant)
         temperature, rows, limit = current(self.temperature), own_rows(), self.options.get("mask_above")
         loss = nt_xent(z_a, z_b, temperature, variant=self.variant, same=same, anchors=rows, **self.options)
-        step = in_batch_step(encoded, mean_over_ranks(loss), z_a, z_b, chance, limit)
+        step = in_batch_step(encoded, mean_over_ranks(loss), z_a, z_b, chance, same, limit)
         step.logs |= logged(temperature)
         if self.variant == "infonce" and same is None and limit is None:
             # Oord et al. 2018, arXiv:1807.03748, eq. 12, in nats; at most the chance level, the logarithm of 2N - 1.

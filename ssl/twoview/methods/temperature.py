@@ -15,7 +15,7 @@ class Temperature(nn.Module):
     """Softmax temperature that changes during the run.
 
     A learned temperature is ``exp(-log_scale)``. ``log_scale`` is a parameter with its own parameter group without
-    weight decay; the temperature stays at 0.01 or above. CLIP, Radford et al. 2021, arXiv:2103.00020, section 2.5.
+    weight decay; the temperature stays between 0.01 and 1. CLIP, Radford et al. 2021, arXiv:2103.00020, section 2.5.
 
     Args:
         start: temperature at the start, > 0.
@@ -38,7 +38,7 @@ class Temperature(nn.Module):
 
     def value(self) -> Tensor:
         """Return the temperature, a scalar."""
-        return self.now if self.end is not None else torch.exp(-self.log_scale)
+        return self.now.clone() if self.end is not None else torch.exp(-self.log_scale)
 
     @torch.no_grad()
     def move(self, progress: float) -> None:
@@ -50,7 +50,7 @@ class Temperature(nn.Module):
         if self.end is not None:
             self.now.fill_(cosine_ramp(progress, self.start, self.end))
         else:
-            self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+            self.log_scale.clamp_(0, math.log(LARGEST_SCALE))
 
 
 def choose_temperature(start: float, end: float | None, learned: bool, fixed: str = "") -> float | Temperature:
@@ -66,12 +66,12 @@ def choose_temperature(start: float, end: float | None, learned: bool, fixed: st
         UserError: if a value is out of range, or the knobs exclude each other.
     """
     for knob, value in (("temperature", start), ("temperature_end", end)):
-        fits = value is None or (isinstance(value, int | float) and 0 < value < math.inf)
+        fits = value is None or (type(value) in (int, float) and 0 < value < math.inf)
         require(fits, f"method.{knob}={value}: must be above 0, such as 0.1 or 0.5")
     both = end is not None and learned
     require(not both, f"method.temperature_end={end}: leave it out, because the temperature is learned")
-    fits = not learned or start >= 1 / LARGEST_SCALE
-    require(fits, f"method.temperature={start}: a learned temperature must start at {1 / LARGEST_SCALE} or above")
+    fits = not learned or 1 / LARGEST_SCALE <= start <= 1
+    require(fits, f"method.temperature={start}: a learned temperature must start between {1 / LARGEST_SCALE} and 1")
     require(not (learned and fixed), f"method.learn_temperature=true: not with {fixed}; use method.temperature_end")
     return Temperature(start, end) if learned or end is not None else start
 

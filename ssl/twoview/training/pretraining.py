@@ -1,5 +1,6 @@
 """A pretraining run: check all settings, then train."""
 
+import copy
 import logging
 import math
 import os
@@ -103,6 +104,8 @@ def prepare(data: Data, recipe: Recipe, settings: TrainerSettings, run: RunSetti
     check = _feature_check(encoder, images, holdout, save, settings.check_every)
     if getattr(method, "group_file", None) is not None:  # groups take the place of labels in the batches
         groups = read_groups(str(method.group_file), images.pretrain)
+        images = copy.copy(images)  # those of the caller keep their labels
+        vars(images).pop("fingerprint", None)
         images.pretrain = images.pretrain.with_labels(groups)
     limit = [callbacks.TimeLimit(settings.seconds)] if settings.seconds is not None else []
     hooks = [logger, check, save, signals, callbacks.ProgressBar(logger), callbacks.KeepMemory(), *limit]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist, nn
@@ -65,7 +66,7 @@ def build_trainer(
             log_every_n_steps=settings.log_every,
             callbacks=list(callbacks),
             logger=list(loggers.values() if isinstance(loggers, Mapping) else loggers),
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *_environment()],
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -94,6 +95,11 @@ def _nodes(devices: int) -> int:
     advice = f"torchrun has started {here} processes here; give trainer=ddp trainer.devices={here}"
     require(here == devices, f"trainer.devices={devices}: {advice}")
     return int(os.environ["WORLD_SIZE"]) // here
+
+
+def _environment() -> list[LightningEnvironment]:
+    """Start the processes of a node here, unless torchrun has; a job of SLURM with one task would train on one."""
+    return [] if "TORCHELASTIC_RUN_ID" in os.environ else [LightningEnvironment()]
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: PretrainingData, checkpoint: str | None) -> None:
