@@ -4,10 +4,8 @@ import logging
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import time
-from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -211,23 +209,27 @@ def test_of_two_processes_one_decodes_and_both_use_it(many, tmp_path):
     }
 
 
-Usage = namedtuple("Usage", "total used free")
-
-
-def test_a_disk_without_room_is_left_alone(tmp_path, monkeypatch, caplog):
+def test_a_disk_without_room_is_left_alone(tmp_path, disk, caplog):
     caplog.set_level(logging.INFO)
     make_folder(tmp_path / "images")
     needed = 24 * 3 * 32 * 32
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * needed, 0, 2 * needed - 1))
-    assert isinstance(stored(tmp_path / "images", tmp_path / "cache").pretrain, LazyImages)
+    for total, free in ((10 * needed, 2 * needed - 1), (10**15, 10**10 + needed - 1)):
+        disk(total, free)
+        assert isinstance(stored(tmp_path / "images", tmp_path / "cache").pretrain, LazyImages)
     assert "is not cached: up to 0.0 GB" in caplog.text
-    assert "less than a tenth of the disk free" in caplog.text
+    assert "would leave less than 10.0 GB of the disk free (now 10.0 GB)" in caplog.text
     assert files_of(tmp_path / "cache", ".pixels", ".pt", ".tmp") == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * needed, 0, 2 * needed))
+
+
+@pytest.mark.parametrize(("total", "kept"), [(10**6, 10**5), (10**15, 10**10)])
+def test_a_cache_leaves_10_gb_or_a_tenth_of_the_disk_free(tmp_path, disk, total, kept, caplog):
+    caplog.set_level(logging.INFO)
+    make_folder(tmp_path / "images")
+    disk(total, kept + 24 * 3 * 32 * 32)
     assert isinstance(stored(tmp_path / "images", tmp_path / "cache").pretrain, TensorImages)
     assert "is decoded once into" in caplog.text
     assert "data.cache=false" in caplog.text
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * needed, 0, 0))
+    disk(total, 0)
     assert isinstance(stored(tmp_path / "images", tmp_path / "cache").pretrain, TensorImages)  # what is there is used
 
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when decoding or the files change: caches of other versions are not used
 SAMPLE = 16  # number of images whose statistics are compared when a cache is opened
+KEPT_FREE = 10_000_000_000  # bytes of the disk that stay free, or a tenth of the disk if that is less
 STALE = 3600.0  # seconds after which an unfinished file of another cache is taken for that of a killed process
 
 
@@ -90,15 +91,16 @@ class DiskCache:
         self.needed = count * channels * limit**2
 
     def has_room(self, knob: str) -> bool:
-        """Log how large the cache may become, and return whether a tenth of the disk stays free."""
+        """Log how large the cache may become, and return whether 10 GB, or a tenth of a smaller disk, stay free."""
         place = self.folder.absolute()
         while not place.exists() and place != place.parent:
             place = place.parent
         usage = shutil.disk_usage(place)
+        kept = min(usage.total / 10, KEPT_FREE)
         needed, free = f"{self.needed / 1e9:,.1f} GB", f"{usage.free / 1e9:,.1f} GB"
-        if self.needed > usage.free - usage.total / 10:
-            message = "data: %s is not cached: up to %s in %s would leave less than a tenth of the disk free (now %s)"
-            log.info(message, knob, needed, self.folder, free)
+        if self.needed > usage.free - kept:
+            message = "data: %s is not cached: up to %s in %s would leave less than %.1f GB of the disk free (now %s)"
+            log.info(message, knob, needed, self.folder, kept / 1e9, free)
             return False
         message = "data: %s is decoded once into %s (up to %s, %s are free); data.cache=false decodes in every epoch"
         log.info(message, knob, self.pixels_file, needed, free)

@@ -54,8 +54,8 @@ class LoadSettings:
         memory: largest size of decoded images to hold in memory, in bytes or as "500MB" or "2GB"; None for a quarter of
             the free memory.
         cache: where larger data sets are decoded once into a file: "auto" for the folder ``twoview`` in
-            ``XDG_CACHE_HOME`` or ``~/.cache``, or a folder. The file is not written if less than a tenth of the disk
-            would stay free. False or "never" to decode images by loader processes in every epoch.
+            ``XDG_CACHE_HOME`` or ``~/.cache``, or a folder. The file is not written if less than 10 GB, or a tenth of
+            a smaller disk, would stay free. False or "never" to decode images by loader processes in every epoch.
         num_workers: number of loader processes; None for one per core.
         allow_flip: whether horizontal flips preserve the meaning of the images.
         min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
