@@ -66,6 +66,10 @@ class Linear(Measure):
         """See :class:`Measure`."""
         return "linear probe" if self.batch_norm else "linear, no BatchNorm"
 
+    def applies(self, inputs: Inputs) -> bool:
+        """Return False for raw pixels without batch_norm: pixels have nearly equal standard deviations."""
+        return self.batch_norm or inputs.name != "raw pixels"
+
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose the penalty on held-out labels, fit on all training labels, and classify the test images."""
         grid = sorted(self.l2, reverse=True)  # of equally accurate penalties, the strongest is chosen
@@ -121,7 +125,9 @@ class Linear(Measure):
             probes.append(problem.fit(l2, probes[-1] if probes else None, self.max_iterations, CHOICE_TOLERANCE)[0])
         best, _ = self._best(probes, train, held_out)
         # The best penalty depends on the number of images.
-        problem, start = self._regression(train, inputs), probes[best]
+        # Of many images, the principal directions of a part are nearly those of all images.
+        basis = problem.basis if len(part) >= 4 * len(problem.basis) else None
+        problem, start = self._regression(train, inputs, basis), probes[best]
         found: dict[int, Tensor] = {}
         while True:
             for i in (best, best - 1, best + 1):
@@ -140,10 +146,11 @@ class Linear(Measure):
         predicted = [probe.linear_classes(one, train.features, held_out) for one in probes]
         return probe.choose_best(predicted, train.labels[held_out], self.class_weights)
 
-    def _regression(self, images: Labelled, inputs: Inputs) -> Regression:
+    def _regression(self, images: Labelled, inputs: Inputs, basis: Tensor | None = None) -> Regression:
         images = _on_device(images, inputs.device)
         scale, weights = self._scale_and_weights(images, inputs.classes)
-        return Regression(*images, scale, inputs.classes, weights, self.label_smoothing, inputs.device)
+        options = (weights, self.label_smoothing, inputs.device)
+        return Regression(*images, scale, inputs.classes, *options, basis=basis)
 
     def _scale_and_weights(self, images: Labelled, classes: int) -> tuple[Tensor, Tensor | None]:
         scale = feature_scale(images.features, self.batch_norm)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
-MIN_VARIANCE = 1e-7  # smallest variance of a principal direction, relative to the largest one
+ROUNDING = 3e-7  # bound on the rounding errors of a product of matrices, relative to the trace
 HISTORY_NUMBERS = 2**28  # largest number of values that L-BFGS keeps of earlier steps
 
 
@@ -45,8 +45,8 @@ def fit_linear(
 
     Each regression minimizes the mean cross-entropy plus ``l2 / 2`` times the squared norm of its weights. The
     intercept is not penalized. The problem is convex. It is solved in the subspace that the features span, in
-    coordinates in which the Hessian at zero weights is nearly the identity. L-BFGS then needs tens of iterations
-    instead of hundreds. A warning is logged if L-BFGS does not converge.
+    coordinates in which the Hessian at zero weights is nearly the identity, by its Cholesky factor. L-BFGS then needs
+    tens of iterations instead of hundreds. A warning is logged if L-BFGS does not converge.
 
     Args:
         features: fp32 ``[N, F]``.
@@ -68,13 +68,13 @@ def fit_linear(
     mean = features.mean(0)
     scale = feature_scale(features) if scale is None else scale
     standard = (features - mean) / scale
-    variances, directions = _principal_directions(standard)
-    rotated = standard @ directions
+    if n < features.shape[1]:
+        span, triangle = torch.linalg.qr(standard.T)  # [F, N], orthonormal columns
+        standard = triangle.T
     penalties = torch.tensor(l2, dtype=torch.float32, device=features.device)
-    # At zero weights the softmax contributes covariance / C to the Hessian.
-    unit = (variances.clamp(min=0) / classes + penalties[:, None]).rsqrt()[..., None]  # [P, R, 1]
+    factors = _cholesky_factors(standard, penalties, classes)
     weights, intercepts = (
-        torch.zeros(len(l2), size, classes, device=features.device, requires_grad=True) for size in (len(variances), 1)
+        torch.zeros(len(l2), size, classes, device=features.device, requires_grad=True) for size in (len(factors[0]), 1)
     )
     limits: dict[str, Any] = {"max_iter": max_iterations, "max_eval": 2 * max_iterations}
     # L-BFGS keeps two copies of the weights for each of its latest steps.
@@ -82,15 +82,18 @@ def fit_linear(
     optimizer = torch.optim.LBFGS([weights, intercepts], **limits, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
     rows = max(1, 2**24 // (len(l2) * classes))
 
+    def solved() -> Tensor:
+        return torch.linalg.solve_triangular(factors.mT, weights, upper=True)  # [P, R, C], weights of scaled features
+
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total: Tensor = (0.5 * penalties[:, None, None] * (unit * weights).square()).sum()
-        total.backward()
         # One matrix for all penalties. Its gradient is summed over blocks of rows, then propagated to the weights once.
-        joined = (unit * weights).transpose(0, 1).flatten(1)
+        joined = solved().mT.flatten(0, 1)  # [P * C, R]
         matrix = joined.detach().requires_grad_()
-        for x, y in zip(rotated.split(rows), labels.split(rows), strict=True):
-            scores = (x @ matrix).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
+        total: Tensor = (0.5 * penalties.repeat_interleave(classes)[:, None] * matrix.square()).sum()
+        total.backward()
+        for x, y in zip(standard.split(rows), labels.split(rows), strict=True):
+            scores = F.linear(x, matrix).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
             target, flat = y.repeat_interleave(len(l2)), scores.flatten(0, 1)
             each = F.cross_entropy(flat, target, reduction="none", label_smoothing=label_smoothing)
             part = (each if class_weights is None else each * class_weights[target]).sum() / n
@@ -105,18 +108,14 @@ def fit_linear(
     if not converged:
         log.warning("linear probe: not converged in %d iterations; raise eval.max_iterations", state["n_iter"])
     with torch.no_grad():
-        slopes = (directions @ (unit * weights)) / scale[:, None]
+        found = solved() if n >= features.shape[1] else span @ solved()
+        slopes = found / scale[:, None]
         return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), converged
 
 
-def _principal_directions(standard: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the variances ``[R]`` and principal directions ``[F, R]`` of centered features, without rounding noise."""
-    n, width = standard.shape
-    # In float64: with many constant features, LAPACK's fp32 routine may find no eigenvectors.
-    small = (standard.T @ standard if n >= width else standard @ standard.T).double() / n
-    variances, directions = torch.linalg.eigh(small)
-    spanned = variances > MIN_VARIANCE * variances.max()
-    variances, directions = variances[spanned], directions[:, spanned]
-    if n < width:
-        directions = standard.T.double() @ directions / (n * variances).sqrt()
-    return variances.float(), directions.float()
+def _cholesky_factors(standard: Tensor, penalties: Tensor, classes: int) -> Tensor:
+    """Factors L ``[P, R, R]``, L L^T = Hessian of the slopes at zero weights, for centered features ``[N, R]``."""
+    # At zero weights the softmax contributes covariance / C to the Hessian. In fp32, LAPACK may find no factor.
+    hessian = (standard.T @ standard).double() / (len(standard) * classes)
+    diagonal = penalties.double() + ROUNDING * hessian.trace()
+    return torch.stack([torch.linalg.cholesky(hessian + x * torch.eye(len(hessian)).to(x)) for x in diagonal]).float()

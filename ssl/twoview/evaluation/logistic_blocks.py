@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twoview.evaluation.logistic import MIN_VARIANCE
-
 log = logging.getLogger(__name__)
 
 BLOCK = 2**22  # largest number of features and class scores that are processed at once
-CURVATURE_ROWS = 20_000  # number of images from which the diagonal of the Hessian is estimated
+CURVATURE_ROWS = 5000  # number of images from which the diagonal of the Hessian is estimated
 TOLERANCE = 1e-6  # estimated distance of the objective from its minimum at which a fit has converged
 ROUNDING = 1e-9  # change of the objective, relative to its value, below which a fit ends
 HISTORY = 20  # number of steps from which L-BFGS estimates the Hessian
@@ -22,8 +20,8 @@ HISTORY = 20  # number of steps from which L-BFGS estimates the Hessian
 class Regression:
     """Mean cross-entropy of a linear classifier; memory for it does not grow with the number N of images.
 
-    The classifier has weights ``[R + 1, C]``: for the R principal directions of the centered and scaled features,
-    without directions of rounding noise, and in the last row the intercepts.
+    The classifier has weights ``[F + 1, C]``: along the F principal directions of the scaled features, and in the last
+    row the intercepts.
 
     Args:
         features: fp32 ``[N, F]``, in memory, on the device, or in a file that is mapped into memory.
@@ -34,9 +32,14 @@ class Regression:
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
         device: CUDA device to which blocks of rows are copied; otherwise, the device of the features is used.
         rows: number of rows of a block; None for a number that depends on F and C.
+        basis: orthogonal matrix fp32 ``[F, F]`` that is used instead of the principal directions, such as the basis of
+            a problem with a part of the images; None to compute them.
+
+    Attributes:
+        basis: the directions, fp32 ``[F, F]``, each a column.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         features: Tensor,
         labels: Tensor,
@@ -46,6 +49,7 @@ class Regression:
         label_smoothing: float = 0.0,
         device: torch.device | None = None,
         rows: int | None = None,
+        basis: Tensor | None = None,
     ) -> None:
         # Other devices than CUDA may lack float64.
         self.device = device if device is not None and device.type == "cuda" else features.device
@@ -54,29 +58,24 @@ class Regression:
         self.class_weights, self.label_smoothing = weights.to(self.device), label_smoothing
         self.rows = rows or max(256, BLOCK // (classes + features.shape[1]))
         self.mean, scale = features.mean(0).to(self.device), scale.to(self.device)
-        width = features.shape[1]
-        covariance = torch.zeros(width, width, dtype=torch.float64, device=self.device)
-        for part in self._parts(None):
-            x = self._block(part)[0].div_(scale)
-            covariance += x.T @ x
-        variances, directions = torch.linalg.eigh(covariance / len(labels))
-        directions = directions[:, variances > MIN_VARIANCE * variances.max()].float()
+        self.basis = self._principal_directions(scale) if basis is None else basis.to(self.device)
         # Applied to the weights in each step instead of once to the features, of which a copy would be needed.
-        self.directions, self.inverse = directions / scale[:, None], directions * scale[:, None]  # [F, R]
+        self.directions, self.inverse = self.basis / scale[:, None], self.basis * scale[:, None]  # [F, F]
 
     def loss(self, weights: Tensor, positions: Tensor | None = None) -> tuple[float, Tensor]:
         """Compute the mean cross-entropy and its gradient.
 
         Args:
-            weights: fp32 ``[R + 1, C]``.
+            weights: fp32 ``[F + 1, C]``.
             positions: int64 ``[M]``, positions of the images over which the mean is taken; None for all images.
 
         Returns:
-            The mean, and its gradient ``[R + 1, C]``.
+            The mean, and its gradient ``[F + 1, C]``.
         """
         matrix, smooth = self.directions @ weights[:-1], self.label_smoothing / self.classes
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        slopes, intercepts = torch.zeros_like(matrix), torch.zeros_like(weights[-1])
+        # Transposed: MKL computes [C, n] @ [n, F] five times faster than [F, n] @ [n, C] if C is small.
+        slopes, intercepts = torch.zeros_like(matrix.T), torch.zeros_like(weights[-1])
         for part in self._parts(positions):
             x, y = self._block(part)
             factor, target = self.class_weights[y], y[:, None]
@@ -86,14 +85,14 @@ class Regression:
             errors = logs.exp_().sub_(smooth) if smooth else logs.exp_()
             errors.scatter_add_(1, target, errors.new_full(target.shape, self.label_smoothing - 1))
             errors *= factor[:, None]
-            slopes.addmm_(x.T, errors)
+            slopes.addmm_(errors.T, x)
             intercepts += errors.sum(0)
-        gradient = torch.cat([self.directions.T @ slopes, intercepts[None]])
+        gradient = torch.cat([self.directions.T @ slopes.T, intercepts[None]])
         count = len(self.labels) if positions is None else len(positions)
         return float(total) / count, gradient / count
 
     def curvature(self, weights: Tensor) -> Tensor:
-        """Return the diagonal of the Hessian ``[R + 1, C]`` of the mean cross-entropy, estimated on some images."""
+        """Return the diagonal of the Hessian ``[F + 1, C]`` of the mean cross-entropy, estimated on some images."""
         count = len(self.labels)
         # fp32 could not represent the positions of more than 2^24 images.
         some = torch.linspace(0, count - 1, min(CURVATURE_ROWS, count), dtype=torch.float64).long()
@@ -150,6 +149,14 @@ class Regression:
         weights = unit * point
         slopes = self.directions @ weights[:-1]
         return torch.cat([slopes, weights[-1:] - self.mean @ slopes]).cpu(), converged
+
+    def _principal_directions(self, scale: Tensor) -> Tensor:
+        """Principal directions fp32 ``[F, F]`` of the features divided by ``scale``, each a column."""
+        covariance = torch.zeros(len(scale), len(scale), dtype=torch.float64, device=self.device)
+        for part in self._parts(None):
+            x = self._block(part)[0].div_(scale)
+            covariance += x.T @ x
+        return torch.linalg.eigh(covariance)[1].float()
 
     def _parts(self, positions: Tensor | None) -> Sequence[slice | Tensor]:
         """Rows of each block. Slices of features in memory are not copied."""
