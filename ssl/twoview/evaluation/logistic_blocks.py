@@ -1,8 +1,10 @@
 """Logistic regression on many images: blocks of rows, coordinates adapted to the Hessian, and a warm start."""
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -93,18 +95,13 @@ class Regression:
 
     def curvature(self, weights: Tensor) -> Tensor:
         """Return the diagonal of the Hessian ``[F + 1, C]`` of the mean cross-entropy, estimated on some images."""
-        count = len(self.labels)
-        # fp32 could not represent the positions of more than 2^24 images.
-        some = torch.linspace(0, count - 1, min(CURVATURE_ROWS, count), dtype=torch.float64).long()
-        total = torch.zeros_like(weights)
-        for part in some.split(self.rows):
-            x, y = self._block(part)
-            z = x @ self.directions
-            p = torch.addmm(weights[-1], z, weights[:-1]).softmax(1)
-            spread = p.mul_(1 - p).mul_(self.class_weights[y][:, None])
-            total[:-1] += z.square_().T @ spread
-            total[-1] += spread.sum(0)
-        return total / len(some)
+        z, labels = self._sample
+        total = torch.empty_like(weights)
+        p = torch.addmm(weights[-1], z, weights[:-1]).softmax(1)
+        spread = p.mul_(1 - p).mul_(self.class_weights[labels][:, None]).div_(len(z))
+        torch.mm(z.square().T, spread, out=total[:-1])
+        total[-1] = spread.sum(0)
+        return total
 
     def fit(
         self,
@@ -156,7 +153,17 @@ class Regression:
         for part in self._parts(None):
             x = self._block(part)[0].div_(scale)
             covariance += x.T @ x
+        with contextlib.suppress(torch.linalg.LinAlgError):  # with many constant features, LAPACK may fail in fp32
+            return torch.linalg.eigh(covariance.float())[1]
         return torch.linalg.eigh(covariance)[1].float()
+
+    @cached_property
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Features ``[n, F]`` along the directions, and labels ``[n]``, of some images for the curvature."""
+        # fp32 could not represent the positions of more than 2^24 images.
+        last, some = len(self.labels) - 1, min(CURVATURE_ROWS, len(self.labels))
+        x, labels = self._block(torch.linspace(0, last, some, dtype=torch.float64).long())
+        return x @ self.directions, labels
 
     def _parts(self, positions: Tensor | None) -> Sequence[slice | Tensor]:
         """Rows of each block. Slices of features in memory are not copied."""
