@@ -13,11 +13,11 @@ from twoview import runs
 from twoview.augment import TwoViews
 from twoview.backbones import create_backbone
 from twoview.data import TensorImages, digits
-from twoview.encoder import read_checkpoint
 from twoview.evaluation import EvaluationSettings
 from twoview.evaluation.evaluate import take
 from twoview.evaluation.measure import Inputs, Labelled
 from twoview.heads import projection_head
+from twoview.loading import read_checkpoint
 from twoview.methods import SimCLR
 from twoview.optim import OptimizerSettings
 from twoview.training import Recipe, RunSettings, TrainerSettings

@@ -12,8 +12,9 @@ from torch import nn
 import twoview
 from twoview.backbones import at_random, build_arguments, create_backbone
 from twoview.data import LazyImages, TensorImages
-from twoview.encoder import Encoder, ModelCard, read_checkpoint
+from twoview.encoder import Encoder, ModelCard
 from twoview.errors import UserError
+from twoview.loading import read_checkpoint
 
 CARD = ModelCard("test", {"name": "test_resnet"}, 8, 1, mean=(0.5,), std=(0.25,))
 

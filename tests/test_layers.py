@@ -18,7 +18,7 @@ LAYERS = {
         *("backbones", "heads", "momentum", "negatives", "distributed", "optim", "augment", "data"),
         *("files", "torch_files", "devices", "recomputation"),
     },
-    "encoder": {"encoder"},
+    "encoder": {"encoder", "loading"},
     "methods": {"methods"},
     "training": {"training"},
     "evaluation": {"evaluation"},

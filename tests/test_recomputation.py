@@ -10,9 +10,9 @@ from torch import nn
 
 import twoview
 from twoview.backbones import build_arguments, create_backbone
-from twoview.encoder import read_checkpoint
 from twoview.errors import UserError
 from twoview.heads import projection_head
+from twoview.loading import read_checkpoint
 from twoview.methods import MoCoV3, SimCLR
 from twoview.recomputation import recompute_activations
 from twoview.training.gradient_caching import split_batch, step_in_pieces

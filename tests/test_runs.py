@@ -14,10 +14,10 @@ import twoview
 from twoview import runs
 from twoview.augment import TwoViews
 from twoview.data import digits, split_holdout
-from twoview.encoder import read_checkpoint
 from twoview.errors import UserError
 from twoview.evaluation import EvaluationSettings
 from twoview.evaluation.evaluate import take
+from twoview.loading import read_checkpoint
 from twoview.methods import SimCLR
 from twoview.optim import OptimizerSettings
 from twoview.training import Recipe, RunSettings, TrainerSettings

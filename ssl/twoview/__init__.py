@@ -10,7 +10,7 @@ except PackageNotFoundError:  # run from a clone without installation
     __version__ = "0+unknown"
 
 _MODULES = {"MomentumCopy": "twoview.momentum", "NegativeQueue": "twoview.negatives"}
-_MODULES |= dict.fromkeys(("Encoder", "ModelCard", "load"), "twoview.encoder")
+_MODULES |= {"Encoder": "twoview.encoder", "ModelCard": "twoview.encoder", "load": "twoview.loading"}
 __all__ = ["Encoder", "ModelCard", "MomentumCopy", "NegativeQueue", "__version__", "load"]
 
 

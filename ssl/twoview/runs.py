@@ -12,12 +12,13 @@ import torch
 from twoview.augment import TwoViews
 from twoview.data import ImageData
 from twoview.devices import pick_device
-from twoview.encoder import Encoder, load
+from twoview.encoder import Encoder
 from twoview.errors import require
 from twoview.evaluation.compare import compare as compare_runs, comparison_tables
 from twoview.evaluation.finetune import FineTuning, Supervised, finetune as finetune_encoder
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
 from twoview.files import write_atomically
+from twoview.loading import load
 from twoview.optim import OptimizerSettings
 from twoview.reporting import evaluation, figures, files, pages, record, tables
 from twoview.schedules import warmup_cosine

@@ -9,8 +9,8 @@ from evaluation.helpers_evaluation import evaluate, quick, relabelled, shuffled
 from safetensors.torch import load_file
 
 from twoview import runs
-from twoview.encoder import load
 from twoview.errors import UserError
+from twoview.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import twoview
 from twoview import runs
 from twoview.backbones import build_arguments, create_backbone
 from twoview.data import ImageData, TensorImages
-from twoview.encoder import load
 from twoview.errors import UserError
 from twoview.evaluation.settings import EvaluationSettings
+from twoview.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ from torch import nn
 
 from twoview.augment import TwoViews
 from twoview.data import TensorImages
-from twoview.encoder import Encoder, ModelCard, load
+from twoview.encoder import Encoder, ModelCard
 from twoview.errors import UserError
 from twoview.evaluation.invariance import SHIFTS, Invariance, mean_similarity
 from twoview.evaluation.probe import Prediction
+from twoview.loading import load
 
 
 class Mean(nn.Module):

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from twoview.augment import TwoViews
 from twoview.data import split_holdout
-from twoview.encoder import load
 from twoview.errors import UserError
 from twoview.evaluation.invariance import IDENTITY
 from twoview.evaluation.linear_sgd import LinearSGD, shuffled
+from twoview.loading import load
 from twoview.schedules import cosine_ramp
 
 LIMITS = {"image_size": 16, "channels": 1, "mean": [0.3], "std": [0.4], "allow_flip": False, "min_crop_area": 0.5}

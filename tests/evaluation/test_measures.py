@@ -13,7 +13,6 @@ from torch import Tensor
 from twoview import runs
 from twoview.augment import TwoViews
 from twoview.data import ImageData, in_order
-from twoview.encoder import load
 from twoview.evaluation.clustering import Clustering
 from twoview.evaluation.evaluate import evaluate
 from twoview.evaluation.knn import KNN
@@ -21,6 +20,7 @@ from twoview.evaluation.linear import Linear
 from twoview.evaluation.measure import Inputs, Measure
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
 from twoview.evaluation.tables import Table
+from twoview.loading import load
 
 
 def tensors(value, seen=None):

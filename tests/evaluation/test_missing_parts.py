@@ -11,12 +11,12 @@ from evaluation.helpers_evaluation import blobs, evaluate, quick
 from evaluation.slow_measure import start
 from short_runs import make_inputs, pretrain
 
-from twoview.encoder import load
 from twoview.errors import Interrupted, UserError
 from twoview.evaluation.evaluate import take
 from twoview.evaluation.knn import KNN
 from twoview.evaluation.measure import Measure
 from twoview.evaluation.settings import EvaluationSettings
+from twoview.loading import load
 from twoview.reporting.tables import is_readable, tables
 
 ERRORS = {

@@ -14,9 +14,9 @@ from evaluation.slow_measure import start
 from short_runs import short_data
 
 from twoview.data import ImageData
-from twoview.encoder import load
 from twoview.evaluation import progress
 from twoview.evaluation.evaluate import evaluate as evaluate_encoder
+from twoview.loading import load
 
 
 @pytest.fixture(scope="module")

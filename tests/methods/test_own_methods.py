@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import twoview
 from twoview.augment import TwoViews
-from twoview.encoder import read_checkpoint
 from twoview.errors import Interrupted
 from twoview.evaluation import EvaluationSettings
 from twoview.heads import projection_head
+from twoview.loading import read_checkpoint
 from twoview.losses import nt_xent
 from twoview.methods import Encoded, Method, SimCLR, Step
 from twoview.momentum import MomentumCopy

@@ -8,8 +8,8 @@ import torch
 from short_runs import StopsAfter, assert_same, logged, pretrain
 from small_methods import ALL, filled, make, views
 
-from twoview.encoder import read_checkpoint
 from twoview.errors import Interrupted, UserError
+from twoview.loading import read_checkpoint
 from twoview.losses import nt_xent
 from twoview.methods import MoCo, MoCoV3, SimCLR
 from twoview.methods.temperature import Temperature

@@ -12,7 +12,7 @@ import pytest
 from commands import ROOT
 from short_runs import assert_same
 
-from twoview.encoder import read_checkpoint
+from twoview.loading import read_checkpoint
 
 METHODS = ("simclr", "moco", "moco_v3")
 ARGUMENTS = [

@@ -9,8 +9,8 @@ import torch
 from short_runs import CPU, RECIPE, pretrain, short_data
 from two_ranks import on_two_ranks
 
-from twoview.encoder import read_checkpoint
 from twoview.errors import UserError
+from twoview.loading import read_checkpoint
 from twoview.methods import MoCo, SimCLR
 from twoview.optim import OptimizerSettings
 from twoview.schedules import constant

@@ -8,7 +8,7 @@ from short_runs import CPU, RECIPE, assert_same, pretrain, short_data
 from torch.utils.data import DataLoader
 
 from twoview.data import TensorImages
-from twoview.encoder import read_checkpoint
+from twoview.loading import read_checkpoint
 from twoview.schedules import constant
 from twoview.training import RunSettings
 from twoview.training.loader import BatchOrder, Prefetcher, PretrainingData

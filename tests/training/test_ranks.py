@@ -10,7 +10,7 @@ import time
 from commands import ROOT, command, environment, run
 from short_runs import assert_same
 
-from twoview.encoder import read_checkpoint
+from twoview.loading import read_checkpoint
 
 TWO = ["method=moco", "trainer=ddp", "trainer.devices=2", "trainer.log_every=1"]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from short_runs import StopsAfter, assert_same, losses, pretrain, short_data
 
-from twoview.encoder import read_checkpoint
 from twoview.errors import Interrupted, UserError
 from twoview.evaluation import EvaluationSettings
 from twoview.heads import projection_head
+from twoview.loading import read_checkpoint
 from twoview.methods import MoCo, MoCoV3, SimCLR
 from twoview.training import TrainerSettings
 from twoview.training.checkpoints import newest

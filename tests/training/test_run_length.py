@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 from short_runs import CPU, learning_rates, pretrain
 
-from twoview.encoder import read_checkpoint
 from twoview.errors import UserError
+from twoview.loading import read_checkpoint
 from twoview.methods import MoCo, SimCLR
 from twoview.schedules import warmup_cosine
 

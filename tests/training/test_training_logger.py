@@ -11,7 +11,7 @@ from torch import nn
 
 import twoview
 from twoview.data import digits
-from twoview.encoder import read_checkpoint
+from twoview.loading import read_checkpoint
 from twoview.methods import MoCo, SimCLR
 
 

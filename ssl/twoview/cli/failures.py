@@ -47,7 +47,7 @@ def system_error(error: BaseException, folder: str | None = None) -> UserError |
     if current.errno in _ADVICE:
         parts.append(_ADVICE[current.errno])
     if folder is not None:
-        from twoview.encoder import LAST
+        from twoview.loading import LAST
 
         saved = (Path(folder) / "checkpoints" / LAST).is_file()
         parts.append(f"continue with resume={folder}" if saved else "no checkpoint had been written")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from twoview.encoder import LAST, read_checkpoint
 from twoview.errors import UserError, require
 from twoview.files import write_atomically
+from twoview.loading import LAST, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{message}: {advice}") from error
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        """Read a checkpoint as :func:`twoview.encoder.read_checkpoint` does, whatever Lightning asks for."""
+        """Read a checkpoint as :func:`twoview.loading.read_checkpoint` does, whatever Lightning asks for."""
         return read_checkpoint(path)
 
 
 def newest(run_dir: Path) -> dict[str, Any] | None:
-    """The last checkpoint of a run that can be read, as :func:`twoview.encoder.read_checkpoint` returns it.
+    """The last checkpoint of a run that can be read, as :func:`twoview.loading.read_checkpoint` returns it.
 
     Returns:
         The checkpoint; None if the run has not written any.

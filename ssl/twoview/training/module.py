@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from twoview.augment import TwoViews, derive_seed
 from twoview.data import Batch
 from twoview.distributed import gather
-from twoview.encoder import LAST, ModelCard
+from twoview.encoder import ModelCard
 from twoview.errors import UserError, require
+from twoview.loading import LAST
 from twoview.methods import Method, Step
 from twoview.optim import OptimizerSettings, clip_gradients, replace_settings
 from twoview.training.finite import BatchLoss, LossCheck

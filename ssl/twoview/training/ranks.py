@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from twoview.encoder import LAST
 from twoview.errors import UserError
+from twoview.loading import LAST
 
 # Texts of gloo, NCCL and the store that processes meet at.
 _LOST = re.compile("gloo|nccl|by peer|timed out|timeout|socket|broken pipe", re.IGNORECASE)

@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from twoview.encoder import LAST
 from twoview.errors import require
+from twoview.loading import LAST
 from twoview.training.checkpoints import BEST
 
 
