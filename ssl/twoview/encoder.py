@@ -18,6 +18,8 @@ from twoview.data import Images, LazyImages, Preprocess, TensorImages, in_order
 from twoview.errors import UserError
 
 MAX_SIZE = 2**14  # largest input in pixels and channels that a model card may ask for
+# Arguments of timm.create_model that read files or download weights: a model card from anyone must not hold them.
+_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class ModelCard:
                 raise ValueError("mean and std need one value per channel")
             if not card.backbone.keys() <= {"name", "in_chans", "image_size", "stem", "options"}:
                 raise ValueError("unknown arguments of the backbone")
+            if _SOURCES & card.backbone.get("options", {}).keys():
+                raise ValueError("options of the backbone name files or downloads")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             message = f"its model card is damaged ({type(error).__name__}: {error}); give another checkpoint"
             raise UserError(f"checkpoint={source}: {message}") from error
