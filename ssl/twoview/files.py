@@ -2,14 +2,16 @@
 
 import contextlib
 import csv
+import ctypes
 import errno
 import io
 import json
 import os
 import re
+import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -145,3 +147,47 @@ def write_atomically(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder_atomically(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, and rename it to ``path`` once the block has ended without an exception.
+
+    Files in it are written by :func:`write_atomically`, which syncs them. A folder at ``path`` is replaced with all
+    that is in it: by one exchange of the two names on Linux, elsewhere by two renames.
+
+    Args:
+        path: path of the folder; missing parent folders are created.
+
+    Raises:
+        OSError: if the folder cannot be written or renamed; ``path`` is then unchanged.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this id
+        temporary.mkdir(parents=True)
+        yield temporary
+        if not _exchange(temporary, path):
+            _replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Exchange the names of two folders in one step; False if there is no second one, or the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0
+
+
+def _replace(new: Path, path: Path) -> None:
+    old = new.with_name(f"{new.name}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
