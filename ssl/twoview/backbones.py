@@ -89,7 +89,7 @@ def create_backbone(  # noqa: PLR0913
     require_choice("backbone", get_args(Stem), stem=stem)
     require_at_least("data", 1, channels=in_chans)
     small = stem == "auto" and image_size <= SMALL_IMAGE and not (weights or pretrained)
-    network, patches = _build(name, in_chans, image_size, pretrained, small, options)
+    network, sizes = _build(name, in_chans, image_size, pretrained, small, options)
     if stem == "auto":
         stem = auto_stem if small and isinstance(network, ResNet) else "timm"
     if stem != "timm":
@@ -99,7 +99,9 @@ def create_backbone(  # noqa: PLR0913
     if checkpointing:
         recompute_activations(network, given)
     arguments = {"name": name, "in_chans": in_chans, "image_size": image_size, "stem": stem}
+    patches = {key: size for key, size in sizes.items() if key == "patch_size"}
     network.build_arguments = {**arguments, "options": {**options, **patches}}  # type: ignore[assignment]
+    network.timm_arguments = (name, {"num_classes": 0, "in_chans": in_chans, **options, **sizes})  # type: ignore[assignment]
     return network, feature_width(network, in_chans, image_size, given)
 
 
@@ -153,6 +155,19 @@ def build_arguments(network: nn.Module) -> dict[str, Any]:
         'small_stride2'
     """
     return cast(dict[str, Any], network.build_arguments)
+
+
+def timm_arguments(network: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments of ``timm.create_model`` for the same network with the stem of timm.
+
+    Args:
+        network: a network created by :func:`create_backbone`.
+
+    Example:
+        >>> timm_arguments(create_backbone("resnet10")[0])
+        ('resnet18', {'num_classes': 0, 'in_chans': 3, 'layers': [1, 1, 1, 1]})
+    """
+    return cast(tuple[str, dict[str, Any]], network.timm_arguments)
 
 
 @torch.no_grad()
@@ -225,7 +240,7 @@ def is_depthwise(network: nn.Module) -> bool:
 def _build(
     name: str, in_chans: int, image_size: int, pretrained: bool, small: bool, options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, int]]:
-    """Build the network; the mapping holds ``patch_size`` if the patch size was adapted to a small image."""
+    """Build the network; the mapping holds ``img_size`` if it takes one, and ``patch_size`` if that was adapted."""
     arguments = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained, **options}
     sizes: list[dict[str, int]] = [{"img_size": image_size}, {}]
     if small and "patch_size" not in arguments:
@@ -236,7 +251,7 @@ def _build(
         try:
             with explained_memory(f"backbone.name={name}: out of memory; choose a smaller network"):
                 network = timm.create_model(name, **arguments, **size)
-            return network, {k: v for k, v in size.items() if k == "patch_size"}
+            return network, size
         except UserError:
             raise
         except OSError as error:

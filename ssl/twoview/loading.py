@@ -1,15 +1,20 @@
-"""Loading of encoders from runs, checkpoint files and timm."""
+"""Loading of encoders from runs, checkpoint files, exported folders and timm."""
 
+import hashlib
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from twoview.backbones import at_random, build_arguments, check_patches, create_backbone, published_input
 from twoview.encoder import Encoder, ModelCard
 from twoview.errors import UserError, require
-from twoview.torch_files import load_torch
+from twoview.files import open_regular, read_json
+from twoview.timm_folder import CONFIG, WEIGHTS
+from twoview.torch_files import load_safetensors, load_torch
 
 LAST = "last.ckpt"  # newest checkpoint of a run, in the subfolder checkpoints/
+MAX_CONFIG = 2**24  # largest config.json of an exported folder in bytes
 PREFIX = "method.backbone."  # prefix of the names of backbone tensors in a checkpoint
 
 
@@ -21,11 +26,12 @@ def load(
     weights: str | Path | None = None,
     seed: int = 0,
 ) -> Encoder:
-    """Load a backbone in evaluation mode on the CPU. No code in a checkpoint file is executed.
+    """Load a backbone in evaluation mode on the CPU. No code in a checkpoint file or an exported folder is executed.
 
     Args:
-        source: a run folder, from which the last checkpoint is loaded; a checkpoint file; "timm:NAME" for a network
-            with the weights published by timm; or "random:NAME" for a network at random initialization.
+        source: a run folder, from which the last checkpoint is loaded; a checkpoint file; a folder of
+            :func:`twoview.tools.export`; "timm:NAME" for a network with the weights published by timm; or "random:NAME"
+            for a network at random initialization.
         image_size: height and width of the network's input in pixels. Required for "random:NAME". None: the size
             that the checkpoint stores, or the input size of the published weights. For a checkpoint, another size is an
             error.
@@ -50,7 +56,9 @@ def load(
     require(weights is None or kind == "timm", f"weights={weights}: goes with checkpoint=timm:NAME only")
     if name and kind in ("timm", "random"):
         return _from_timm(str(source), image_size, channels or 3, weights, seed)
-    content = read_checkpoint(source)
+    folder = Path(str(source)).expanduser()
+    exported = (folder / CONFIG).exists() and not (folder / "checkpoints").exists()
+    content = _read_export(folder) if exported else read_checkpoint(source)
     card = ModelCard.from_plain(content["twoview"], content["path"])
     for knob, given in (("image_size", image_size), ("channels", channels), ("store_size", store_size)):
         made_for = getattr(card, knob)
@@ -88,11 +96,41 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     return {**content, "path": str(path)}
 
 
+def _read_export(folder: Path) -> dict[str, Any]:
+    """Read an exported folder as :func:`read_checkpoint` reads a checkpoint."""
+    advice = "export the network again"
+    for name in (CONFIG, WEIGHTS):
+        message = f"{name} is a symbolic link; copy the file into the folder"
+        require(not (folder / name).is_symlink(), f"checkpoint={folder}: {message}")
+    try:
+        require((folder / CONFIG).stat().st_size <= MAX_CONFIG, f"checkpoint={folder}: {CONFIG} is too large; {advice}")
+        ours: Any = read_json(folder / CONFIG).get("twoview")
+        message = f"its {CONFIG} was not written by task=export; give a run, or timm:NAME with weights=FILE"
+        require(isinstance(ours, dict) and isinstance(ours.get("card"), dict), f"checkpoint={folder}: {message}")
+        form = ours.get("format")
+        message = f"holds an export with format={str(form)[:20]}; give one with format=timm"
+        require(form == "timm", f"checkpoint={folder}: {message}")
+        with open_regular(folder / WEIGHTS) as file:
+            intact = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest() == ours.get("sha256")
+        require(intact, f"checkpoint={folder}: {WEIGHTS} is not the file that {CONFIG} describes; {advice}")
+        tensors = load_safetensors(folder / WEIGHTS)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises several classes
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise UserError(f"checkpoint={folder}: cannot be read as an exported folder ({reason}); {advice}") from error
+    weights = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    return {"twoview": ours["card"], "state_dict": weights, "path": str(folder / WEIGHTS)}
+
+
 def _from_checkpoint(content: Mapping[str, Any], card: ModelCard) -> Encoder:
-    tensors = content["state_dict"].items()
+    tensors = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
     try:
         network, _ = create_backbone(**card.backbone)
-        network.load_state_dict({k.removeprefix(PREFIX): v for k, v in tensors if k.startswith(PREFIX)}, strict=True)
+        network.load_state_dict(tensors, strict=True)
+        for name, value in network.state_dict().items():  # load_state_dict would convert other types
+            if value.is_floating_point() != tensors[name].is_floating_point():
+                raise TypeError(f"{name} has {tensors[name].dtype}")
     except UserError as error:
         raise UserError(f"checkpoint={content['path']}: {error}") from error
     except (RuntimeError, TypeError) as error:

@@ -82,12 +82,12 @@ def _render(title: str, content: Mapping[str, Any], run_dir: Path) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["cell"] = _markdown_cell
+    environment.filters["cell"] = markdown_cell
     for name in ("report.md", "report.html"):
         write_atomically(run_dir / name, environment.get_template(f"{name}.j2").render(content, title=title))
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Escape a text for a cell of a Markdown table."""
     return re.sub(r"([\\`*_\[\]|#$~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 

@@ -1,0 +1,16 @@
+"""What is done with features: tools of the public API, each of which is also a task of the command line."""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "export": "twoview.tools.exporting",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: each tool has its own optional libraries.
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'twoview.tools' has no attribute {name!r}")
