@@ -236,7 +236,7 @@ def mean_average_precision(relevant: Tensor) -> float:
 
 @torch.no_grad()
 def knn_neighbors(
-    bank: Tensor, queries: Tensor, k: int, chunk: int = 1024, device: torch.device | None = None
+    bank: Tensor, queries: Tensor, k: int, chunk: int = 1024, device: torch.device | None = None, unit: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest neighbors of each query in the bank by cosine similarity.
 
@@ -249,24 +249,24 @@ def knn_neighbors(
         k: number of neighbors; if the bank is smaller, M neighbors are returned.
         chunk: number of queries processed at once.
         device: device of the computation, to which blocks are copied; None for the device of the queries.
+        unit: whether all features have unit length already.
 
     Returns:
-        Cosine similarities ``[N, k]`` and int64 positions in the bank ``[N, k]``, most similar neighbor first, on the
-        device of the queries.
+        Cosine similarities and int64 positions in the bank, ``[N, k]`` each, most similar first, on their device.
 
     Example:
         >>> similarity, position = knn_neighbors(torch.eye(3), torch.tensor([[0.0, 4.0, 3.0]]), k=2)
         >>> similarity, position
         (tensor([[0.8000, 0.6000]]), tensor([[1, 2]]))
     """
-    device, parts = device or queries.device, queries.split(chunk)
+    device, parts, scaled = device or queries.device, queries.split(chunk), Tensor.float if unit else l2_normalize
     best: list[tuple[Tensor, Tensor]] = []
     for start in range(0, max(1, len(bank)), KNN_COLUMNS):
-        block = l2_normalize(bank[start : start + KNN_COLUMNS].to(device)).T
+        block = scaled(bank[start : start + KNN_COLUMNS].to(device)).T
         memory = block.new_empty(len(parts[0]) * block.shape[1])  # new memory for each product takes a fifth longer
         for place, part in enumerate(parts):
             similarity = memory[: len(part) * block.shape[1]].view(len(part), -1)
-            torch.mm(l2_normalize(part.to(device)), block, out=similarity)
+            torch.mm(scaled(part.to(device)), block, out=similarity)
             values, positions = _top(similarity, min(k, block.shape[1]))
             if not start:
                 best.append((values, positions))

@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "Index": "twoview.tools.index",
+    "IndexSettings": "twoview.tools.index_settings",
     "export": "twoview.tools.exporting",
 }
 __all__ = [*_MODULES]

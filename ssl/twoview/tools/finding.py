@@ -1,0 +1,119 @@
+"""The vectors most similar to a query: exactly, or by a graph or lists whose recall is measured."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twoview.data import fixed_sample
+from twoview.devices import pick_device
+from twoview.metrics import knn_neighbors
+from twoview.tools.approximate import Hnsw, IvfPq
+
+log = logging.getLogger(__name__)
+
+AT = 10  # neighbors of which the recall is measured
+RECALL_QUERIES = 500  # stored vectors that it is measured with
+QUERIES = 512  # queries that are compared with their candidates at once
+BLOCK = 2**18  # vectors of which the removed ones are left out at once
+EQUAL = 1e-6  # difference of similarities that counts as none
+
+Found = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of an index, and what finds them.
+
+    Args:
+        vectors: fp32 or fp16 ``[N, D]`` of unit length or zero.
+        alive: boolean ``[N]``, False for removed vectors; None if there are none.
+        engine: graph or lists; None for exact search.
+    """
+
+    vectors: Tensor
+    alive: Tensor | None
+    engine: Hnsw | IvfPq | None
+
+    def most_similar(self, queries: Tensor, k: int) -> Found:
+        """Find the k most similar vectors.
+
+        Args:
+            queries: fp32 ``[Q, D]`` of unit length or zero.
+            k: number of vectors, 0 to N without the removed ones.
+
+        Returns:
+            Cosine similarities fp32 ``[Q, k]`` and int64 positions ``[Q, k]``, most similar first.
+        """
+        if self.engine is None or not k:
+            return self._exact(queries, k)
+        parts = [self._compared(self.engine, part, k) for part in queries.split(QUERIES)]
+        return torch.cat([similarity for similarity, _ in parts]), torch.cat([rows for _, rows in parts])
+
+    def reach_recall(self, target: float) -> dict[str, Any] | None:
+        """Search more of the graph or of the lists until the recall is as large as the target.
+
+        Queries are vectors of the index, without themselves among their neighbors.
+
+        Args:
+            target: recall of the first 10 neighbors against exact search, in (0, 1].
+
+        Returns:
+            Number of neighbors ("at"), recall ("value"), numbers of queries and of vectors; None for exact search.
+        """
+        rows = torch.arange(len(self.vectors)) if self.alive is None else self.alive.nonzero().flatten()
+        if self.engine is None or len(rows) < 2:
+            return None
+        own, k, value = rows[fixed_sample(len(rows), RECALL_QUERIES)], min(AT, len(rows) - 1), 0.0
+        queries = self.vectors[own].float()
+        # Which of several equally similar vectors are found does not matter.
+        least = _without_itself(self._exact(queries, k + 1), own)[:, -1:] - EQUAL
+        for effort in self.engine.efforts:
+            self.engine.effort = effort
+            value = float((_without_itself(self.most_similar(queries, k + 1), own) >= least).double().mean())
+            if value >= target:
+                break
+        log.info("index: recall@%d is %.3f against exact search (%d queries)", k, value, len(own))
+        if value < target:
+            log.warning("index: recall=%s is not reached; choose more links and construction, or kind=exact", target)
+        return {"at": k, "value": value, "queries": len(own), "vectors": len(rows)}
+
+    def _compared(self, engine: Hnsw | IvfPq, queries: Tensor, k: int) -> Found:
+        """Compare queries with the vectors that the engine has found for them."""
+        rows = engine.candidates(queries, k, self.alive)
+        similarity = torch.einsum("qd,qcd->qc", queries, self.vectors[rows.clamp(min=0)].float())
+        similarity, order = similarity.masked_fill(rows < 0, -torch.inf).topk(k)
+        rows = rows.gather(1, order)
+        short = similarity.isneginf().any(1)  # where removed vectors have hidden the others
+        if short.any():
+            similarity[short], rows[short] = self._exact(queries[short], k)
+        return similarity, rows
+
+    def _exact(self, queries: Tensor, k: int) -> Found:
+        device = pick_device()
+        if self.alive is None:
+            return knn_neighbors(self.vectors, queries, k, device=device, unit=True)
+        parts = []
+        for start in range(0, len(self.vectors), BLOCK):
+            rows = start + self.alive[start : start + BLOCK].nonzero().flatten()
+            similarity, position = knn_neighbors(self.vectors[rows], queries, k, device=device, unit=True)
+            parts.append((similarity, rows[position]))
+        similarity, order = torch.cat([part for part, _ in parts], 1).topk(k)
+        return similarity, torch.cat([rows for _, rows in parts], 1).gather(1, order)
+
+
+def _without_itself(found: Found, own: Tensor) -> Tensor:
+    """Similarities ``[Q, k]`` of neighbors ``[Q, k + 1]`` other than the queries, which are vectors of the index.
+
+    The last neighbor is left out where a query has not been found.
+
+    Args:
+        found: similarities and positions of neighbors, most similar first.
+        own: int64 ``[Q]``, positions of the queries.
+    """
+    similarity, rows = found
+    others = rows != own[:, None]
+    others[:, -1] &= ~others.all(1)
+    return similarity[others].view(len(own), -1)
