@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from twoview.files import open_regular, write_atomically
 
+ALIGNMENT = 64  # of the first tensor in a file that is mapped into memory, in bytes; that of tensors of torch
 # Names of dtypes in the header of a .safetensors file.
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
 
@@ -76,7 +77,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 
     Args:
         path: path of the file.
-        tensors: fp32, fp16, int64, int32 or uint8 tensors by name, those with larger items first.
+        tensors: fp32, fp16, int64, int32 or uint8 tensors by name, each at a multiple of the size of its items.
         metadata: texts by name.
 
     Raises:
@@ -88,7 +89,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         start, end = end, end + value.nbytes
         header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
     def write(file: BinaryIO) -> None:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -123,6 +123,16 @@ def test_content_that_does_not_fit_is_refused_in_spite_of_its_checksum(kind, cha
         Index.load(file)
 
 
+def test_mapped_vectors_are_aligned_as_those_in_memory(tmp_path):
+    vectors = torch.randn(999, 7, generator=torch.Generator().manual_seed(0))
+    built = Index.build("0123", vectors)
+    built.save(tmp_path / "a.index")
+    mapped = Index.load(tmp_path / "a.index")
+    assert mapped._entries.vectors.data_ptr() % 64 == 0
+    for query in vectors[:20].split(1):
+        assert torch.equal(mapped.search("0123", query).similarity, built.search("0123", query).similarity)
+
+
 @pytest.mark.parametrize("kind", ["exact", "hnsw", "ivfpq"])
 def test_a_rewritten_file_without_change_is_read(kind, files, tmp_path):
     file = rewritten(files / kind, lambda *_: None, tmp_path / "same.index")

@@ -60,10 +60,19 @@ def folder(root: Places, eval_root: Places | None = None, **options: Any) -> Ima
     Raises:
         UserError: if there are no images, or too many images are unreadable.
     """
-    return load_splits(_list, root, eval_root, "folder", LoadSettings(**options))
+    return load_splits(list_images, root, eval_root, "folder", LoadSettings(**options))
 
 
-def _list(roots: Places, knob: str) -> Split:
+def list_images(roots: Places, knob: str) -> Split:
+    """List image files, in the forms of ``root`` of :func:`folder`.
+
+    Args:
+        roots: one or several places.
+        knob: knob that named them, for messages.
+
+    Raises:
+        UserError: if a place does not exist or has no images.
+    """
     paths: list[str] = []
     names: list[str | None] = []
     for root in roots if isinstance(roots, list | tuple) else [roots]:

@@ -60,15 +60,17 @@ def write_index(path: Path, stored: StoredIndex) -> None:
     """
     entries = stored.entries
     texts = {"paths": entries.paths, "labels": entries.labels}
-    tensors = {
+    others = {
         "ids": entries.ids,
         **{f"{name}_ends": torch.from_numpy(text.ends) for name, text in texts.items()},
-        **{f"search_{name}": value for name, value in stored.found_by.items() if value.dtype != torch.uint8},
-        "vectors": entries.vectors,
-        **{f"search_{name}": value for name, value in stored.found_by.items() if value.dtype == torch.uint8},
+        **{f"search_{name}": value for name, value in stored.found_by.items()},
         **({} if stored.alive is None else {"alive": stored.alive.to(torch.uint8)}),
         **{name: torch.from_numpy(text.blob.copy()) for name, text in texts.items()},
     }
+    # Products of mapped vectors equal those of vectors in memory in every bit if both are aligned in the same way.
+    padding = torch.zeros(-entries.vectors.nbytes % 8, dtype=torch.uint8)
+    rest = dict(sorted(others.items(), key=lambda item: -item[1].element_size()))
+    tensors = {"vectors": entries.vectors, "padding": padding, **rest}
     plain = {f.name: getattr(stored, f.name) for f in fields(stored) if f.name not in ("entries", "alive", "found_by")}
     plain |= {"version": VERSION, "settings": asdict(stored.settings)}
     text = json.dumps(plain, default=str)
