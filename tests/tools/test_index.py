@@ -9,6 +9,7 @@ from twoview.data import TensorImages
 from twoview.errors import UserError
 from twoview.tools import Index, IndexSettings
 from twoview.tools.embedding_file import Embeddings
+from twoview.tools.incoming import as_embeddings
 
 DIM = 30
 KINDS = ("exact", "hnsw", "ivfpq")
@@ -213,6 +214,18 @@ def test_another_network_is_refused(encoder):
         with pytest.raises(UserError, match=index.checkpoint):
             attempt()
     assert len(index) == 2
+
+
+def test_embeddings_of_another_preprocessing_are_refused(encoder):
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    index, found = Index.build(encoder, pixels), as_embeddings(encoder, pixels)
+    assert index.add(None, found).tolist() == [2, 3]
+    known = found.metadata["preprocessing"]
+    for name, value in (("image_size", 64), ("resize_size", 40), ("store_size", 64), ("mean", [0.4, 0.5, 0.5])):
+        changed = {"preprocessing": known | {"resize_size": 64 if name == "image_size" else 32, name: value}}
+        with pytest.raises(UserError, match=f"their .*{name} is"):
+            index.add(None, found._replace(metadata=found.metadata | changed))
+    assert len(index) == 4
 
 
 def nan_at(row):

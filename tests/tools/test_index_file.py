@@ -111,6 +111,8 @@ HOSTILE = [
     ("ivfpq", put("search_lists", 0, -1), "in no list"),
     ("ivfpq", put("search_means", 0, torch.nan), "finite"),
     ("ivfpq", cut("search_means", 0), "no lists"),
+    ("ivfpq", lambda tensors, _: tensors.update(search_means=torch.empty(10**12, 0)), "no lists"),
+    ("exact", lambda tensors, _: tensors.update(vectors=torch.empty(len(tensors["ids"]), 0)), "dimensions"),
     ("ivfpq", cut("search_books"), "books"),
     ("ivfpq", cut("search_codes"), "codes"),
 ]

@@ -71,8 +71,8 @@ def restored(
         return None
     require_faiss(kind)
     dim = vectors.shape[1]
-    if kind == "ivfpq" and not len(tensors["means"]):
-        raise ValueError("there are no lists")
+    if kind == "ivfpq" and (tensors["means"].ndim != 2 or not tensors["means"].numel()):
+        raise ValueError("there are no lists")  # or a number of them that takes no space in the file
     engine = create("hnsw", dim, 1, settings) if kind == "hnsw" else IvfPq(dim, len(tensors["means"]))
     assert engine is not None
     engine.restore(tensors, vectors)

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 AT = 10  # neighbors of which the recall is measured
 RECALL_QUERIES = 500  # stored vectors that it is measured with
-QUERIES = 512  # queries that are compared with their candidates at once
+COMPARED = 2**25  # numbers of the candidates that queries are compared with at once
+LARGE = 10  # exact search for more than one in so many vectors
 BLOCK = 2**18  # vectors of which the removed ones are left out at once
 EQUAL = 1e-6  # difference of similarities that counts as none
 
@@ -47,9 +48,10 @@ class Vectors:
         Returns:
             Cosine similarities fp32 ``[Q, k]`` and int64 positions ``[Q, k]``, most similar first.
         """
-        if self.engine is None or not k:
+        if self.engine is None or not 0 < LARGE * k < len(self.vectors):
             return self._exact(queries, k)
-        parts = [self._compared(self.engine, part, k) for part in queries.split(QUERIES)]
+        at_once = max(1, COMPARED // (max(100, 10 * k) * queries.shape[1]))
+        parts = [self._compared(self.engine, part, k) for part in queries.split(at_once)]
         return torch.cat([similarity for similarity, _ in parts]), torch.cat([rows for _, rows in parts])
 
     def reach_recall(self, target: float) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ def unit_vectors(vectors: Tensor, half: bool = False) -> Tensor:
     """Return fp32 or fp16 ``[N, D]`` vectors scaled to unit length; zero vectors stay zero."""
     scaled = torch.empty(vectors.shape, dtype=torch.float16 if half else torch.float32)
     for part, target in zip(vectors.split(BLOCK), scaled.split(BLOCK), strict=True):
-        target.copy_(l2_normalize(part))
+        target.copy_(l2_normalize(part.detach()))
     return scaled
 
 
@@ -97,8 +97,33 @@ def with_preprocessing(encoder: Encoder, card: dict[str, Any], source: str) -> E
     if not card:
         return encoder
     known = ModelCard.from_plain(_with_statistics(card), source)
-    same = {name: getattr(known, name) for name in ("store_size", "resize_size", "mean", "std")}
+    channels = encoder.card.channels
+    require(
+        known.channels == channels, f"{source}: is of images of {known.channels} channels, the encoder of {channels}"
+    )
+    same = {name: getattr(known, name) for name in ("image_size", "store_size", "resize_size", "mean", "std")}
     return encoder.with_card(**same).to(encoder.device)
+
+
+def require_same_preprocessing(found: Embeddings, card: dict[str, Any]) -> None:
+    """Refuse embeddings whose images were preprocessed in another way than a stored card says, as far as it is known.
+
+    Raises:
+        UserError: if a size or a statistic differs, or a card is damaged.
+    """
+    theirs = network_of(found)["card"]
+    if not card or not theirs:
+        return
+    ours, others = (_preprocessing(known, "embeddings") for known in (card, theirs))
+    different = ", ".join(f"{name} is {others[name]}, not {ours[name]}" for name in ours if ours[name] != others[name])
+    require(not different, f"embeddings: their {different}, as for the index; embed the images in the same way")
+
+
+def _preprocessing(card: dict[str, Any], source: str) -> dict[str, Any]:
+    known = ModelCard.from_plain(_with_statistics(card), source)
+    sizes = {"image_size": known.image_size, "store_size": known.store_size}
+    statistics = {name: [round(value, 5) for value in getattr(known, name)] for name in ("mean", "std")}
+    return {**sizes, "resize_size": known.resize_size or known.image_size, **statistics}
 
 
 def _computed(encoder: Encoder | str, source: Any) -> Embeddings:

@@ -14,7 +14,15 @@ from twoview.tools.approximate import Hnsw, IvfPq, create, has_faiss, require_fa
 from twoview.tools.embedding_file import Embeddings
 from twoview.tools.entries import Entries, Texts
 from twoview.tools.finding import Vectors
-from twoview.tools.incoming import Source, as_embeddings, checkpoint_of, network_of, unit_vectors, with_preprocessing
+from twoview.tools.incoming import (
+    Source,
+    as_embeddings,
+    checkpoint_of,
+    network_of,
+    require_same_preprocessing,
+    unit_vectors,
+    with_preprocessing,
+)
 from twoview.tools.index_file import StoredIndex, read_index, write_index
 from twoview.tools.index_settings import IVFPQ_FROM, IndexSettings
 
@@ -212,7 +220,7 @@ class Index:
         Raises:
             UserError: if there is no such entry. The index is then unchanged.
         """
-        gone = self._rows_of(list(which.tolist() if isinstance(which, Tensor) else which))
+        gone = self._rows_of(list(getattr(which, "tolist", lambda: which)()))
         alive = ~gone if self._alive is None else self._alive & ~gone
         removed = len(self) - int(alive.sum())
         if removed:
@@ -270,6 +278,7 @@ class Index:
         theirs = found.metadata["checkpoint"]
         message = f"are of {theirs}, the index is of {self.checkpoint}; embed the images by the same encoder"
         require(theirs == self.checkpoint, f"vectors: {message}")
+        require_same_preprocessing(found, self.card)
         dim = found.vectors.shape[1]
         require(dim == self.dim, f"vectors: have {dim} dimensions, those of the index {self.dim}; embed them again")
         return found

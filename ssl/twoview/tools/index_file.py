@@ -19,6 +19,7 @@ VERSION = 1
 BLOCK = 65_536  # vectors that are checked at once
 LONGEST = 1.01  # length of a vector of unit length in fp16, at most
 LARGEST_ID = 2**62
+MAX_DIM = 2**17  # faiss allocates memory for each dimension, also without vectors
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _require(fits: bool, name: str) -> None:
 
 def _check_vectors(vectors: Tensor, count: int, half: bool) -> None:
     dtype = torch.float16 if half else torch.float32
-    _require(vectors.dtype == dtype and vectors.ndim == 2 and len(vectors) == count and vectors.shape[1] > 0, "vectors")
+    _require(vectors.dtype == dtype and vectors.ndim == 2 and len(vectors) == count, "vectors")
+    _require(0 < vectors.shape[1] <= MAX_DIM, "the number of dimensions")
     for part in vectors.split(BLOCK):
         length = torch.linalg.vector_norm(part.float(), dim=1)
         # A comparison with NaN is false.
