@@ -1,5 +1,7 @@
 """Search for the most similar vectors, against all similarities by numpy."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -173,7 +175,7 @@ def test_auto_is_exact_for_few_vectors_and_a_graph_for_many(monkeypatch):
 
 
 def test_without_faiss_auto_is_exact_and_others_say_what_to_install(monkeypatch, index_file, kind):
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr("twoview.tools.index_settings.EXACT_UP_TO", 100)
     assert Index.build(HASH, VECTORS).kind == "exact"
     if kind == "exact":
