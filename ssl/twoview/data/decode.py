@@ -85,12 +85,17 @@ def square(item: Any, size: int, channels: int) -> Tensor:
     Raises:
         OSError, ValueError, SyntaxError, or any other error of Pillow: as for :func:`whole`.
     """
-    return _decode(item, _Square(size), channels)[0]
+    return square_and_shape(item, size, channels)[0]
 
 
 def whole_and_shape(item: Any, size: int, channels: int) -> tuple[Tensor, Shape]:
     """Decode an image as :func:`whole` does, and also return its original height, width and number of channels."""
     return _decode(item, _Whole(size), channels)
+
+
+def square_and_shape(item: Any, size: int, channels: int) -> tuple[Tensor, Shape]:
+    """Decode an image as :func:`square` does, and also return its original height, width and number of channels."""
+    return _decode(item, _Square(size), channels)
 
 
 def whole_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -207,22 +212,23 @@ def _of_image(image: Image.Image, fit: _Fit, channels: int) -> tuple[Tensor, Sha
         # libjpeg decodes at a reduced size that is not below this one; the last pixels may be covered only in part.
         _, box = image.draft(image.mode, (width, height)) or ("", None)
     orientation, plain = _orientation(image), image
+    upright = shape if orientation < 5 else (shape[1], shape[0], shape[2])
     if plain.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip such values to white
         array = np.asarray(_upright(plain, orientation))
         if plain.mode.startswith("I") and not 0 <= array.min() <= array.max() < 2**16:
             raise ValueError(f"integers from {array.min()} to {array.max()}: give uint16, or floats in [0, 1]")
         array = array if plain.mode == "F" else array.astype(np.uint16)
-        return _bytes(fit.of_values(_scaled(array[None], channels))), shape
+        return _bytes(fit.of_values(_scaled(array[None], channels))), upright
     if plain.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in plain.info:
         plain = plain.convert("RGBA")
     if plain.mode == "RGBA" and channels != 4:
         plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
     if channels not in (1, 3):
         plain = _upright(plain if plain.mode in ("RGBA", "CMYK") else plain.convert("RGBA"), orientation)
-        return _bytes(fit.of_values(_scaled(np.asarray(plain).transpose(2, 0, 1), channels))), shape
+        return _bytes(fit.of_values(_scaled(np.asarray(plain).transpose(2, 0, 1), channels))), upright
     fitted = fit.of_image(plain.convert("L" if channels == 1 else "RGB"), shape, box, orientation)
     pixels = np.array(fitted).reshape(fitted.height, fitted.width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), shape
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), upright
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

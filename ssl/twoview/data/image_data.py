@@ -77,6 +77,15 @@ class ImageData:
         return self.train, self.test
 
     @property
+    def splits(self) -> dict[str, Images]:
+        """Splits that hold every image once, by name; training images that are pretraining images are left out."""
+        found = {"pretrain": self.pretrain}
+        # As in hide_labels: the labeled part of ``pretrain`` holds the same images.
+        if self.train is not None and int((self.pretrain.labels >= 0).sum()) != len(self.train):
+            found["train"] = self.train
+        return found if self.test is None else found | {"test": self.test}
+
+    @property
     def resize_size(self) -> int:
         """Height and width that the center square of an image is resized to, see :class:`twoview.data.Preprocess`."""
         if self.store_size is None:

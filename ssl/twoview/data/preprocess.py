@@ -1,13 +1,14 @@
 """Preprocessing for evaluation and deployment, center squares, and conversion of image size and channels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twoview.data.decode import luma, square, whole
+from twoview.data.decode import Shape, luma, square, square_and_shape, whole, whole_and_shape
 from twoview.errors import require, require_at_least
 
 MAX_SIZE = 2**14  # of stored images in pixels, 800 MB each
@@ -164,12 +165,32 @@ class Preprocess(nn.Module):
             TypeError: if ``images`` is a tensor that is not uint8.
             UserError: if the number of channels is not C, and the images cannot be converted between 1 and 3 channels.
         """
-        return self.crops(images, sizes).to(self.mean.device).float().div_(255).sub_(self.mean).div_(self.std)
+        return self.normalized(self.crops(images, sizes))
+
+    def normalized(self, crops: Tensor) -> Tensor:
+        """Scale the pixels that :meth:`crops` returns to [0, 1] and normalize them, on the device of this module."""
+        return crops.to(self.mean.device).float().div_(255).sub_(self.mean).div_(self.std)
 
     def crops(self, images: Tensor | Image.Image, sizes: Tensor | None = None) -> Tensor:
         """Return the pixels before normalization, uint8 ``[N, C, image_size, image_size]``, as :meth:`forward` does."""
         top = (self.resize_size - self.image_size) // 2
         return self.squares(images, sizes)[..., top : top + self.image_size, top : top + self.image_size]
+
+    def decoded(self, item: Any) -> tuple[Tensor, Shape]:
+        """Decode one image in any form that :func:`twoview.data.whole` takes, such as the path of a file.
+
+        Returns:
+            The pixels that :meth:`crops` gives for the image, uint8 ``[C, image_size, image_size]``; and its original
+            height, width and number of channels, upright.
+
+        Raises:
+            OSError, ValueError, SyntaxError, or any other error of Pillow: as for :func:`twoview.data.whole`.
+        """
+        if self.store_size is None:
+            pixels, shape = square_and_shape(item, self.resize_size, len(self.mean))
+        else:
+            pixels, shape = whole_and_shape(item, self.store_size, len(self.mean))
+        return self.crops(pixels)[0], shape
 
     def squares(self, images: Tensor | Image.Image, sizes: Tensor | None = None) -> Tensor:
         """Return the center squares before the last crop, uint8 ``[N, C, resize_size, resize_size]``."""

@@ -60,6 +60,8 @@ class LoadSettings:
         allow_flip: whether horizontal flips preserve the meaning of the images.
         min_crop_area: smallest share of the area of an image that a crop may have, in [0, 1].
         seed: seed of the test split.
+        listed: whether images are only listed. None is read at the start; all are in ``pretrain`` in the order of
+            ``data.root``, and ``train`` and ``test`` are None.
 
     Raises:
         UserError: if a value is out of range.
@@ -76,6 +78,7 @@ class LoadSettings:
     allow_flip: bool = True
     min_crop_area: float = 0.0
     seed: int = 0
+    listed: bool = False
 
     def __post_init__(self) -> None:
         require_at_least("data", 1, channels=self.channels, batch_size=self.batch_size, store_size=self.store_size)
@@ -152,6 +155,8 @@ def load_splits(
     """
     size, channels = stored_size(settings.image_size, settings.store_size), settings.channels
     require(root, f"data.root={root!r}: give a path")
+    message = "this task reads data.root only; give both places as data.root=[A,B]"
+    require(not (settings.listed and eval_root), f"data.eval_root={eval_root}: {message}")
     shared = _real(root) & _real(eval_root or ())
     require(not shared, f"data.eval_root={eval_root}: the same as data.root; give others, or null to split")
     found = {"data.root": find(root, "data.root")}
@@ -163,6 +168,12 @@ def load_splits(
     classes = sorted(named, key=lambda label: (len(label) if all(map(str.isdigit, named)) else 0, label))
     numbers: dict[str | None, int] = {None: -1} | {label: number for number, label in enumerate(classes)}
     workers = (os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
+    limits = (settings.allow_flip, settings.min_crop_area, settings.image_size, size)
+    if settings.listed:
+        source, names = found["data.root"]
+        labels = torch.tensor([numbers[n] for n in names])
+        images = LazyImages(source, labels, size, channels, workers, settings.max_broken)
+        return ImageData(images, None, None, classes, _batch_size(len(images), settings.batch_size), name, *limits)
     budget = _free_bytes() / 4 if settings.memory_bytes is None else settings.memory_bytes
     needed = sum(len(split.source) for split in found.values()) * channels * size * size
     keep = needed <= budget
@@ -179,7 +190,6 @@ def load_splits(
         _log_storage(readable, knob, settings.image_size, size)
         splits.append(readable)
         broken += unreadable
-    limits = (settings.allow_flip, settings.min_crop_area, settings.image_size, size)
     pretrain, train, test = _split(splits, settings.seed)
     batch_size = _batch_size(len(pretrain), settings.batch_size)
     data = ImageData(pretrain, train, test, classes, batch_size, name, *limits)
