@@ -1,4 +1,7 @@
-"""Atomic writing of files, so that a killed process never leaves a partly written file; reading of regular files."""
+"""Atomic writing of files, so that a killed process never leaves a partly written file; reading of regular files.
+
+Also a lock on a folder.
+"""
 
 import contextlib
 import csv
@@ -14,6 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from twoview.errors import UserError
+
+LOCK = "lock"  # name of the file in a folder that is locked
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -99,6 +106,36 @@ def remove_left_over(*folders: Path, seconds: float = 0, prefix: str = "") -> No
             ours = re.fullmatch(r".+\.\d+\.tmp", file.name) and stat.S_ISREG(status.st_mode)
             if ours and time.time() - status.st_mtime >= seconds:
                 file.unlink()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, *below: Path) -> Iterator[None]:
+    """Lock a folder against other processes, if fcntl exists, and remove temporary files of killed writes.
+
+    Args:
+        folder: the folder; created if missing.
+        below: further folders in it from which temporary files are removed.
+
+    Raises:
+        UserError: if the folder cannot be written or another process has locked the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Neither truncated nor followed if it is a link; a FIFO does not block.
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
+    with open(handle, "rb") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit this lock
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is working in this folder; wait for it, or stop it") from error
+        except (ImportError, OSError):
+            pass
+        remove_left_over(folder, *below)
+        yield
 
 
 class _File(io.FileIO):

@@ -17,13 +17,13 @@ from twoview.errors import require
 from twoview.evaluation.compare import compare as compare_runs, comparison_tables
 from twoview.evaluation.finetune import FineTuning, Supervised, finetune as finetune_encoder
 from twoview.evaluation.settings import MEASURES, EvaluationSettings
-from twoview.files import write_atomically
+from twoview.files import exclusive, write_atomically
 from twoview.loading import load
 from twoview.optim import OptimizerSettings
 from twoview.reporting import evaluation, figures, files, pages, record, tables
 from twoview.schedules import warmup_cosine
 from twoview.training.pretraining import Data, prepare, train
-from twoview.training.resume import check_folder, exclusive, finished_report
+from twoview.training.resume import check_folder, finished_report
 from twoview.training.settings import Recipe, RunSettings, TrainerSettings
 
 __all__ = ["compare", "evaluate", "finetune", "knn", "linear_probe", "pretrain", "preview"]
@@ -86,7 +86,8 @@ def pretrain(
         log.info("%s: this run is finished and is not repeated; rerun=true would repeat it", run_dir)
         return finished
     check_folder(run_dir, None if run.rerun or run.resume else run.identity)
-    with exclusive(run_dir) if prepared.is_main else contextlib.nullcontext():
+    below = (run_dir / "checkpoints", run_dir / ".hydra")
+    with exclusive(run_dir, *below) if prepared.is_main else contextlib.nullcontext():
         facts = train(prepared)
         if not prepared.is_main:
             return {}

@@ -1,9 +1,7 @@
-"""Checks before a run is resumed or a finished run is skipped, and a lock on the run folder."""
+"""Checks before a run is resumed or a finished run is skipped."""
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from twoview import __version__
-from twoview.errors import UserError, require
-from twoview.files import read_json, remove_left_over
+from twoview.errors import require
+from twoview.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -125,29 +123,3 @@ def _report(run_dir: Path) -> dict[str, Any]:
         return read_json(run_dir / "report.json")
     except (OSError, ValueError):
         return {}
-
-
-@contextlib.contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Lock a run folder against other processes, if fcntl exists, and remove temporary files of killed writes.
-
-    Raises:
-        UserError: if the folder cannot be written or another process has locked the folder.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Neither truncated nor followed if it is a link; a FIFO does not block.
-        handle = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        raise UserError(f"{run_dir} cannot be written ({error.strerror}); choose another folder") from error
-    with open(handle, "rb") as file:
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit this lock
-        except BlockingIOError as error:
-            raise UserError(f"{run_dir}: another process is working in this folder; wait for it, or stop it") from error
-        except (ImportError, OSError):
-            pass
-        remove_left_over(run_dir, run_dir / "checkpoints", run_dir / ".hydra")
-        yield
