@@ -50,7 +50,10 @@ LIBRARIES = {
     "training": {"torch", "lightning", "rich"},
     "evaluation": {"torch", "numpy", "sklearn", "scipy", "torchmetrics", "safetensors"},
     "reporting": {"torch", "numpy", "sklearn", "PIL", "rich", "safetensors", "matplotlib", "jinja2", "umap"},
-    "tools": {"torch", "numpy", "onnx", "faiss", "pyarrow", "fastapi", "onnxruntime", "safetensors"},
+    "tools": {
+        *("torch", "numpy", "PIL", "sklearn", "umap"),
+        *("onnx", "onnxruntime", "faiss", "pyarrow", "fastapi", "safetensors"),
+    },
     "cli": {"hydra", "omegaconf", "rich", "torch"},
     "__main__": set(),
     "__init__": set(),

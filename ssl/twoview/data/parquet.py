@@ -96,7 +96,7 @@ class ParquetImages(Sequence[bytes]):
         message = f"the images of this row group take more than {self.limit / 1e9:.1f} GB"
         if group not in self.too_large:
             with pyarrow.parquet.ParquetFile(self.files[file]) as handle:
-                for part in _parts(handle, self.column, number, self.limit):
+                for part in read_parts(handle, self.column, number, self.limit):
                     parts.append(part)
                     size += part.nbytes
                     if size > self.limit:
@@ -108,8 +108,8 @@ class ParquetImages(Sequence[bytes]):
         return pyarrow.compute.struct_field(column, "bytes") if pyarrow.types.is_struct(column.type) else column
 
 
-def _parts(handle: Any, column: str, group: int, limit: float) -> Iterator[Any]:
-    """Decode a column of a row group some rows at a time.
+def read_parts(handle: Any, column: str, group: int, limit: float) -> Iterator[Any]:
+    """Decode a column of a row group of a ``pyarrow.parquet.ParquetFile`` some rows at a time.
 
     A value or a prefix of values that many rows share is stored once and decoded for each of them, so the size of a
     whole row group is not known before it is decoded. The rows at a time take at most a quarter of ``limit`` bytes,
@@ -180,7 +180,7 @@ def _read_index(root: Places, knob: str, image_column: str | None, label_column:
                 require(read_paths or not strings, f"data.image_column={columns[0]}: {advice}")
                 groups += [(number, group) for group in range(handle.num_row_groups)]
                 sizes += [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
-                _check_sizes(handle, columns[0], sum(sizes), limit, f"{knob}: {file}")
+                check_sizes(handle, columns[0], sum(sizes), limit, f"{knob}: {file}")
                 names += _label_names(handle, columns[1], limit) if columns[1] else []
         except (OSError, KeyError, pyarrow.ArrowException) as error:
             raise UserError(f"{knob}: {file} cannot be read as Parquet ({error}); repair or remove it") from error
@@ -189,7 +189,7 @@ def _read_index(root: Places, knob: str, image_column: str | None, label_column:
     return Split(images, names or [None] * len(images))
 
 
-def _check_sizes(handle: Any, column: str, rows: int, limit: float, where: str) -> None:
+def check_sizes(handle: Any, column: str, rows: int, limit: float, where: str) -> None:
     """Refuse more rows than can be listed in memory, and row groups that are stored with more than ``limit`` bytes."""
     require_memory(f"{where}: a list of {rows:,} images", ROW_BYTES * rows, "give other files")
     stored = max((_stored_bytes(handle, column, group) for group in range(handle.num_row_groups)), default=0)
@@ -222,7 +222,7 @@ def _label_names(handle: Any, name: str, limit: float) -> list[str | None]:
     found: list[str | None] = []
     names: dict[Any, str | None] = {}  # so that equal values share one string
     for group in range(handle.num_row_groups):
-        for part in _parts(handle, name, group, limit):
+        for part in read_parts(handle, name, group, limit):
             values = part.to_pylist()
             try:
                 for value in set(values) - names.keys():

@@ -6,7 +6,9 @@ from typing import Any
 _MODULES = {
     "Index": "twoview.tools.index",
     "IndexSettings": "twoview.tools.index_settings",
+    "embed": "twoview.tools.embedding",
     "export": "twoview.tools.exporting",
+    "read_embeddings": "twoview.tools.embedding_file",
 }
 __all__ = [*_MODULES]
 

@@ -1,128 +1,208 @@
-"""Reading of the Parquet file of embeddings, one row an image."""
+"""The Parquet file of embeddings: its columns and metadata, and checked reading.
+
+A file has one row for each image, with these columns:
+
+=========  ===========================  ================================================================================
+path       string                       absolute path of the image file, or the name of an image that is in no file
+index      int64                        position of the image in the data set, in which unreadable images count too
+label      string                       name of the class; null if unknown
+height     int32                        original height in pixels, upright
+width      int32                        original width in pixels, upright
+bytes      int64                        size of the image file; null for an image that is not in a file of its own
+modified   int64                        time of modification of this file in nanoseconds since 1970, or null
+vector     fixed_size_list<float>[F]    features; ``halffloat`` for ``precision=fp16``
+thumbnail  binary                       JPEG file; only with ``columns=[thumbnail]``
+x, y       float                        coordinates of a map; only with ``columns=[xy]``
+neighbors  struct<ids, distances>       nearest rows; only with ``columns=[neighbors]``
+=========  ===========================  ================================================================================
+"""
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from twoview.devices import require_memory
+from twoview.data.folder import Paths
+from twoview.data.parquet import GROUP_BYTES, check_sizes, read_parts
+from twoview.devices import available_memory
 from twoview.errors import UserError, require
 from twoview.files import open_regular
 
-MAX_DIM = 2**16  # largest number of dimensions
-ROWS = 4096  # largest number of rows that are decoded at once
-BATCH_BYTES = 2**28  # largest size in bytes of the texts and of the vectors that are decoded at once
+CHECKPOINT, CARD, PREPROCESSING = b"twoview.checkpoint", b"twoview.card", b"twoview.preprocessing"
+VERSION, PLAN, BROKEN, MAP = b"twoview.version", b"twoview.plan", b"twoview.broken", b"twoview.map"
+TEXTS = (CHECKPOINT, VERSION, MAP)  # the other values are JSON
+PRECISIONS = {"fp32": "float", "fp16": "halffloat"}  # names of the types in Arrow
+MAX_WIDTH = 2**17  # largest number of features that is read
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of images, and the network that they are from.
+    """Content of a file of embeddings; N rows.
 
     Attributes:
-        paths: N paths of images.
-        indices: int64 ``[N]``, positions of the images in their data set.
-        labels: N labels, None where unknown.
-        vectors: fp32 or fp16 ``[N, D]``.
-        metadata: values by name: ``checkpoint`` (hash of the weights of the network), ``card`` (fields of its
-            :class:`twoview.ModelCard`), ``preprocessing`` (its sizes, mean and standard deviation) and ``source`` (file
-            or name that it was loaded from); those that are known. They are as a stranger may have written them.
+        paths: path or name of each image.
+        indices: int64 ``[N]``, position of each image in its data set.
+        labels: class name of each image, None where unknown.
+        vectors: fp32 ``[N, F]`` on the CPU, finite, in memory or read-only in a file that is mapped into memory.
+        metadata: values by name: ``checkpoint`` (hash of the weights), ``card`` (fields of a
+            :class:`twoview.ModelCard`), ``preprocessing``, ``version`` (of twoview), ``plan`` (settings), ``broken``
+            and ``map``; those that the file has. They are as a stranger may have written them.
     """
 
     paths: Sequence[str]
     indices: Tensor
-    labels: Sequence[str | None]
+    labels: list[str | None]
     vectors: Tensor
     metadata: Mapping[str, Any]
 
 
-def read_embeddings(path: str | Path) -> Embeddings:
-    """Read a Parquet file of embeddings by row groups.
+def require_pyarrow() -> None:
+    """Raise :class:`UserError` if pyarrow is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UserError('files of embeddings need: pip install "twoview[parquet]"') from None
 
-    It has the columns ``path`` (string), ``index`` (int64), ``label`` (string or int, null where unknown; may be
-    missing) and ``vector`` (fixed_size_list of float or halffloat), and metadata such as ``twoview.checkpoint``.
+
+def schema(width: int, precision: str, thumbnails: bool, metadata: Mapping[bytes, bytes]) -> Any:
+    """Return the ``pyarrow.Schema`` of the columns that depend on one image each.
 
     Args:
-        path: the file.
+        width: number F of features.
+        precision: "fp32" or "fp16".
+        thumbnails: whether there is a column of thumbnails.
+        metadata: metadata of the schema.
+    """
+    import pyarrow as pa
+
+    numbers = [("height", pa.int32()), ("width", pa.int32()), ("bytes", pa.int64()), ("modified", pa.int64())]
+    value = pa.float32() if precision == "fp32" else pa.float16()
+    columns = [("path", pa.string()), ("index", pa.int64()), ("label", pa.string()), *numbers]
+    columns += [("vector", pa.list_(value, width)), *([("thumbnail", pa.binary())] if thumbnails else [])]
+    return pa.schema(columns, dict(metadata))
+
+
+def read_embeddings(
+    path: str | Path, memory: float | str | None = None, folder: str | None = None, knob: str = "index"
+) -> Embeddings:
+    """Read a file that :func:`twoview.tools.embed` has written. Nothing that the file claims is relied on unchecked.
+
+    Args:
+        path: path of the file.
+        memory: largest size of vectors that are held in memory, in bytes or as "500MB" or "2GB"; None for a quarter of
+            the free memory. Larger ones are copied to a temporary file, which is mapped into memory.
+        folder: folder of the temporary file; None for the system's temporary folder.
+        knob: name of the knob that names the file, for messages.
 
     Raises:
-        UserError: if the file cannot be read, has other columns, or does not fit in memory; or pyarrow is missing.
+        UserError: if the file cannot be read, is no file of embeddings, or holds values that are missing or not
+            finite; or pyarrow is missing.
+
+    Example:
+        >>> from twoview.data import digits
+        >>> from twoview.tools import embed
+        >>> file = embed("random:test_resnet", digits(image_size=16, channels=3), f"{folder}/digits.parquet").path
+        >>> found = read_embeddings(file)
+        >>> found.paths[0], found.labels[0], found.vectors.shape
+        ('pretrain image 0', '8', torch.Size([1797, 96]))
     """
+    from twoview.evaluation.feature_store import collect_features
+
+    with open_embeddings(path, knob) as handle:
+        rows, width = handle.metadata.num_rows, handle.schema_arrow.field("vector").type.list_size
+        vectors = collect_features(lambda: vector_blocks(handle, f"{knob}={path}"), (rows, width), memory, folder)
+        paths, indices, labels = (_values(handle, column) for column in ("path", "index", "label"))
+    message = "has rows without a path or an index; write it again by task=embed"
+    require(None not in paths and None not in indices, f"{knob}={path}: {message}")
+    return Embeddings(Paths(paths), torch.tensor(indices).long(), labels, vectors, metadata(handle.schema_arrow))
+
+
+@contextlib.contextmanager
+def open_embeddings(path: str | Path, knob: str) -> Iterator[Any]:
+    """Open a file of embeddings as ``pyarrow.parquet.ParquetFile`` and check its columns and the sizes that it states.
+
+    Raises:
+        UserError: if it is no file of embeddings, also if this is noticed while the file is open.
+    """
+    require_pyarrow()
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    advice = "give a file that task=embed has written"
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError('a Parquet file of embeddings needs pyarrow: pip install "twoview[parquet]"') from None
-    try:
-        with open_regular(path) as file, pyarrow.parquet.ParquetFile(file) as table:
-            return _read(table, str(path))
-    except (OSError, KeyError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); write it again with task=embed") from error
+        with (
+            open_regular(Path(path).expanduser()) as file,
+            pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as handle,
+        ):
+            _check_columns(handle.schema_arrow, f"{knob}={path}", advice)
+            for column in handle.schema_arrow.names:
+                check_sizes(handle, column, handle.metadata.num_rows, _limit(), f"{knob}={path}")
+            yield handle
+    except UserError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"{knob}={path}: cannot be read as Parquet ({error}); {advice}") from error
 
 
-def _read(table: Any, path: str) -> Embeddings:
-    kind = _check_columns(table.schema_arrow, path)
-    dim, half = kind.list_size, str(kind.value_type) == "halffloat"
-    rows = table.metadata.num_rows
-    require_memory(f"{path}: {rows:,} vectors", rows * (dim * (2 if half else 4) + 64), "split the file")
-    vectors = torch.empty(rows, dim, dtype=torch.float16 if half else torch.float32)
-    indices = torch.empty(rows, dtype=torch.int64)
-    paths: list[str] = []
-    labels: list[str | None] = []
-    columns = [name for name in ("path", "index", "label", "vector") if name in table.schema_arrow.names]
-    at_once = min(ROWS, max(1, BATCH_BYTES // (4 * dim)), _rows_of_texts(table))
-    for group in range(table.num_row_groups):
-        # Single-threaded: rows are decoded a few at a time, since equal texts are stored once.
-        for batch in table.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
-            start, end = len(paths), len(paths) + len(batch)
-            vector = batch.column("vector")
-            values = vector.flatten()
-            full = not vector.null_count and not values.null_count and not batch.column("index").null_count
-            full = full and not batch.column("path").null_count
-            require(full, f"{path}: has rows without path, index or vector; write it again with task=embed")
-            vectors[start:end] = torch.from_numpy(values.to_numpy().reshape(-1, dim).copy())
-            indices[start:end] = torch.from_numpy(batch.column("index").to_numpy().copy())
-            paths += batch.column("path").to_pylist()
-            given = batch.column("label").to_pylist() if "label" in columns else [None] * len(batch)
-            labels += [None if label is None else str(label) for label in given]
-    return Embeddings(paths, indices, labels, vectors, _metadata(table.schema_arrow.metadata or {}))
+def vector_blocks(handle: Any, where: str) -> Iterator[Tensor]:
+    """Yield the vectors of an open file in their order, fp32 ``[n, F]`` each, with n up to 1,024.
+
+    Args:
+        handle: result of :func:`open_embeddings`.
+        where: knob and path, for messages.
+
+    Raises:
+        UserError: if a vector is missing or not finite.
+    """
+    width = handle.schema_arrow.field("vector").type.list_size
+    for group in range(handle.num_row_groups):
+        for part in read_parts(handle, "vector", group, _limit()):
+            require(not part.null_count, f"{where}: has rows without a vector; write it again by task=embed")
+            values = torch.from_numpy(part.flatten().to_numpy(zero_copy_only=False).copy()).float().view(-1, width)
+            require(bool(values.isfinite().all()), f"{where}: has vectors that are not finite; write it again")
+            yield values
 
 
-def _check_columns(schema: Any, path: str) -> Any:
-    """Refuse other columns; return the type of the vectors."""
-    types = {field.name: field.type for field in schema}
-    texts = ("string", "large_string")
-    known = {"path": texts, "index": ("int64",), "label": (*texts, "int64", "int32", "int16", "int8", "null")}
-    advice = "give a file of task=embed"
-    for name, allowed in known.items():
-        found = str(types.get(name, "missing"))
-        fits = found in allowed or (name == "label" and found == "missing")
-        require(fits, f"{path}: the column {name} is {found}, not {allowed[0]}; {advice}")
-    kind = types.get("vector")
-    size = getattr(kind, "list_size", 0)
-    fits = str(getattr(kind, "value_type", "")) in ("float", "halffloat") and 1 <= size <= MAX_DIM
-    require(fits, f"{path}: the column vector is {kind}, not a list of a fixed number of floats; {advice}")
-    return kind
-
-
-def _rows_of_texts(table: Any) -> int:
-    """Rows whose texts fit in memory even if each is as large as all texts that its row group stores."""
-    largest = 1
-    for number in range(table.num_row_groups):
-        group = table.metadata.row_group(number)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        texts = [column.total_uncompressed_size for column in columns if column.path_in_schema in ("path", "label")]
-        largest = max(largest, *texts)
-    return int(max(1, BATCH_BYTES // largest))
-
-
-def _metadata(found: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """Metadata of the schema; values that cannot be decoded are left out."""
+def metadata(found: Any) -> dict[str, Any]:
+    """Return the metadata of a ``pyarrow.Schema`` by name; values that cannot be decoded are left out."""
     values: dict[str, Any] = {}
-    for name in ("checkpoint", "source", "card", "preprocessing"):
-        with contextlib.suppress(KeyError, ValueError, RecursionError):
-            text = found[f"twoview.{name}".encode()].decode()
-            values[name] = text if name in ("checkpoint", "source") else json.loads(text)
+    for name in (CHECKPOINT, CARD, PREPROCESSING, VERSION, PLAN, BROKEN, MAP):
+        with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+            text = found.metadata[name].decode()
+            values[name.decode().removeprefix("twoview.")] = text if name in TEXTS else json.loads(text)
     return values
+
+
+def encoded(values: Mapping[str, Any]) -> bytes:
+    """Encode plain values as JSON for the metadata, in the same way whatever their order."""
+    return json.dumps(values, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def _limit() -> float:
+    return min(GROUP_BYTES, available_memory(torch.device("cpu")) / 4)
+
+
+def _check_columns(found: Any, where: str, advice: str) -> None:
+    kinds = {"path": ("string",), "index": ("int64",), "label": ("string", "int64", "null")}
+    for name, allowed in kinds.items():
+        known = found.names.count(name) == 1 and str(found.field(name).type) in allowed
+        require(known, f"{where}: has no column {name} of type {allowed[0]}; {advice}")
+    vector: Any = found.field("vector").type if found.names.count("vector") == 1 else None
+    value = str(getattr(vector, "value_type", ""))
+    known = str(vector).startswith("fixed_size_list") and value in PRECISIONS.values()
+    require(known and 0 < vector.list_size <= MAX_WIDTH, f"{where}: has no column vector of fixed size; {advice}")
+
+
+def _values(handle: Any, column: str) -> list[Any]:
+    found: list[Any] = []
+    shared: dict[Any, Any] = {}  # equal labels are one string
+    for group in range(handle.num_row_groups):
+        for part in read_parts(handle, column, group, _limit()):
+            values = part.to_pylist()
+            found += (
+                values if column != "label" else [shared.setdefault(v, None if v is None else str(v)) for v in values]
+            )
+    return found
