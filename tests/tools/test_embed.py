@@ -225,7 +225,7 @@ def test_broken_images_are_named_and_have_no_row(encoder, pictures, tmp_path, sm
     done = embed(encoder, listed(root, max_broken=0.1), to)
     assert [path for path, _ in done.broken] == [str(root / "bee ö" / "zz.png")]
     assert table(to)["index"].to_pylist() == list(range(41))
-    assert "1 broken files were left out" in caplog.text
+    assert "1 unreadable images have none" in caplog.text
     assert f"broken: {root / 'bee ö' / 'zz.png'}" in caplog.text
     assert read_embeddings(to).metadata["broken"]["count"] == 1
     for file in root.rglob("*.*"):
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(encoder, pictu
         embed(encoder, listed(pictures), to)
     for knobs, message in (
         ({"columns": ["thumbnails"]}, "columns=thumbnails: choose among thumbnail, xy, neighbors"),
-        ({"precision": "bf16"}, "precision=bf16"),
+        ({"precision": "bf16"}, "precision=bf16: choose one of fp32, fp16"),
         ({"devices": 0}, "trainer.devices=0"),
         ({"update": True, "rerun": True}, "update=true rerun=true"),
         ({"to": tmp_path / "a.csv"}, "ends in .parquet"),

@@ -1,105 +1,98 @@
-"""Reading the Parquet file of embeddings."""
+"""Reading of files of embeddings that anyone may have written."""
 
-import json
+import builtins
+import os
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.parquet
 import pytest
 import torch
 
 from twoview.errors import UserError
-from twoview.tools import Index
-from twoview.tools.embedding_file import read_embeddings
+from twoview.tools import read_embeddings
 
-METADATA = {b"twoview.checkpoint": b"0123", b"twoview.card": json.dumps({"method": "SimCLR"}).encode()}
+COLUMNS = {"path": ["a", "b"], "index": [0, 2], "label": ["x", None], "vector": [[1.0, 2.0], [3.0, 4.0]]}
 
 
-def write(file, vectors, labels=None, metadata=METADATA, rows=7, **changes):
-    """Embeddings in row groups of a few rows; ``changes`` are other columns."""
-    values = pa.array(vectors.numpy().reshape(-1))
-    columns = {
-        "path": [f"a/Bild {i} ü.jpg" for i in range(len(vectors))],
-        "index": pa.array(range(len(vectors)), pa.int64()),
-        "vector": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1]),
-        **({} if labels is None else {"label": labels}),
-        **changes,
-    }
-    columns = {name: value for name, value in columns.items() if value is not None}
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), file, row_group_size=rows)
+def write(file, metadata=None, width=2, **columns):
+    vector = pa.array(columns.pop("vector", COLUMNS["vector"]), pa.list_(pa.float32(), width))
+    table = pa.table({**COLUMNS, **columns, "vector": vector})
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), file, write_page_checksum=True)
     return file
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("labels", [None, ["cat", None] * 10, [3, None] * 10])
-def test_all_rows_are_read(dtype, labels, tmp_path):
-    vectors = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = read_embeddings(write(tmp_path / "a.parquet", vectors, labels))
-    assert torch.equal(found.vectors, vectors)
-    assert found.paths == [f"a/Bild {i} ü.jpg" for i in range(20)]
-    assert found.labels == [None if label is None else str(label) for label in labels or [None] * 20]
-    assert found.indices.tolist() == list(range(20))
-    assert found.metadata == {"checkpoint": "0123", "card": {"method": "SimCLR"}}
-    index = Index.build(None, tmp_path / "a.parquet")
-    assert index.search("0123", vectors[3:4], k=1).paths == [["a/Bild 3 ü.jpg"]]
+def test_content_in_memory_and_in_a_file(tmp_path):
+    metadata = {b"twoview.checkpoint": b"abc", b"twoview.card": b'{"method": "SimCLR"}', b"twoview.plan": b"{broken"}
+    file = write(tmp_path / "a.parquet", metadata)
+    for memory in (None, 0):
+        found = read_embeddings(file, memory, str(tmp_path))
+        assert list(found.paths) == ["a", "b"]
+        assert found.indices.tolist() == [0, 2]
+        assert found.labels == ["x", None]
+        assert torch.equal(found.vectors, torch.tensor(COLUMNS["vector"]))
+        assert found.metadata == {"checkpoint": "abc", "card": {"method": "SimCLR"}}
+    numbers = write(tmp_path / "b.parquet", label=[7, None])
+    assert read_embeddings(numbers).labels == ["7", None]
 
 
-def test_few_rows_are_decoded_at_once_if_their_texts_could_be_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("twoview.tools.embedding_file.BATCH_BYTES", 4096)
-    paths = ["x" * 3000] * 50
-    found = read_embeddings(write(tmp_path / "a.parquet", torch.ones(50, 3), rows=50, path=paths))
-    assert found.paths == paths
+def _other_columns(file):
+    pyarrow.parquet.write_table(pa.table({"path": ["a"]}), file)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"path": None}, "column path is missing"),
-        ({"path": [None, "a", "b"]}, "without path"),
-        ({"index": [1.0, 2.0, 3.0]}, "column index is double"),
-        ({"index": pa.array([1, None, 3])}, "without path, index"),
-        ({"label": [1.5, 2.5, 3.5]}, "column label is double"),
-        ({"vector": [[1.0], [2.0], [3.0]]}, "not a list of a fixed number"),
-        ({"vector": pa.array([[1, 2]] * 3, pa.list_(pa.int32(), 2))}, "not a list of a fixed number"),
-        ({"vector": pa.array([[1.0, 2.0], None, [1.0, 2.0]], pa.list_(pa.float32(), 2))}, "without path"),
-        ({"vector": pa.array([[1.0, 2.0], [1.0, None], [1.0, 2.0]], pa.list_(pa.float32(), 2))}, "without path"),
-    ],
-)
-def test_other_columns_are_refused(changes, message, tmp_path):
-    file = write(tmp_path / "a.parquet", torch.ones(3, 2), **changes)
-    with pytest.raises(UserError, match=message):
+def _damaged(file):
+    table = pyarrow.parquet.read_table(write(file, vector=[[1.25, 2.5], [3.75, 5.5]]))
+    pyarrow.parquet.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = file.read_bytes()
+    value = np.float32(3.75).tobytes()
+    assert value in content
+    file.write_bytes(content.replace(value, np.float32(3.5).tobytes()))
+
+
+FILES = {
+    "missing": (lambda file: None, "No such file"),
+    "text": (lambda file: file.write_text("path,index\n"), "cannot be read as Parquet"),
+    "empty": (lambda file: file.write_bytes(b""), "cannot be read as Parquet"),
+    "cut off": (lambda file: file.write_bytes(write(file).read_bytes()[:-30]), "cannot be read as Parquet"),
+    "damaged": (_damaged, "cannot be read as Parquet"),
+    "fifo": (os.mkfifo, "not a regular file"),
+    "other columns": (_other_columns, "has no column index"),
+    "type": (lambda file: write(file, index=[0.5, 1.5]), "has no column index of type int64"),
+    "width": (lambda file: write(file, vector=[[0.0] * 2**18] * 2, width=2**18), "no column vector"),
+    "nan": (lambda file: write(file, vector=[[1, 2], [np.nan, 1]]), "not finite"),
+    "null value": (lambda file: write(file, vector=[[1, 2], [None, 1]]), "not finite"),
+    "null vector": (lambda file: write(file, vector=[[1, 2], None]), "without a vector"),
+    "null path": (lambda file: write(file, path=["a", None]), "without a path"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_no_file_of_embeddings_is_refused_by_one_sentence(kind, tmp_path):
+    make, message = FILES[kind]
+    file = tmp_path / "a.parquet"
+    make(file)
+    with pytest.raises(UserError, match=message) as refused:
+        read_embeddings(file, knob="reference")
+    assert str(refused.value).startswith(f"reference={file}: ")
+
+
+def test_a_long_text_that_many_rows_share_is_refused(tmp_path):
+    rows = 200
+    knobs = {"index": range(rows), "label": [None] * rows, "vector": [[1.0, 2.0]] * rows}
+    file = write(tmp_path / "a.parquet", path=["x" * 100_000] * rows, **knobs)
+    assert file.stat().st_size < 1_000_000
+    with pytest.raises(UserError, match="path of 100000 bytes"):
         read_embeddings(file)
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [{}, METADATA | {b"twoview.checkpoint": b"\xff"}, METADATA | {b"twoview.card": b"[" * 10**5}],
-)
-def test_metadata_that_cannot_be_read_are_left_out(metadata, tmp_path):
-    file = write(tmp_path / "a.parquet", torch.ones(3, 2), metadata=metadata)
-    found = read_embeddings(file).metadata
-    assert found.keys() < {"checkpoint", "card"}
-    if "checkpoint" not in found:
-        with pytest.raises(UserError, match="do not name their checkpoint"):
-            Index.build(None, file)
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    def missing(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return original(name, *rest)
 
-
-@pytest.mark.parametrize("name", [b"twoview.card", b"twoview.preprocessing"])
-def test_metadata_of_another_type_are_refused(name, tmp_path):
-    file = write(tmp_path / "a.parquet", torch.ones(3, 2), metadata=METADATA | {name: b"[1]"})
-    with pytest.raises(UserError, match="metadata are damaged"):
-        Index.build(None, file)
-
-
-def test_other_files_are_refused(tmp_path):
-    whole = write(tmp_path / "a.parquet", torch.ones(3, 2)).read_bytes()
-    for content in (b"", b"PAR1", whole[:-9], whole[:40] + whole[60:]):
-        (tmp_path / "b.parquet").write_bytes(content)
-        with pytest.raises(UserError, match=r"b\.parquet"):
-            read_embeddings(tmp_path / "b.parquet")
-
-
-def test_vectors_that_are_not_finite_are_named(tmp_path):
-    vectors = torch.ones(30, 2)
-    vectors[8, 1] = torch.inf
-    with pytest.raises(UserError, match="1 of 30 are not finite, such as a/Bild 8"):
-        Index.build(None, write(tmp_path / "a.parquet", vectors))
+    original = builtins.__import__
+    file = write(tmp_path / "a.parquet")
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r'pip install "twoview\[parquet\]"'):
+        read_embeddings(file)

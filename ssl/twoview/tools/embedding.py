@@ -5,7 +5,7 @@ import datetime
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import distributed as dist
 from twoview import __version__
 from twoview.data import ImageData, Images, LazyImages, TensorImages
 from twoview.encoder import Encoder, load
-from twoview.errors import require, require_choice
+from twoview.errors import require
 from twoview.files import exclusive
 from twoview.tools import embedding_columns, embedding_file
 from twoview.tools.embedding_parts import Parts, Plan, check_broken, write_table
@@ -98,46 +98,40 @@ def embed(
     to = _check_knobs(to, columns, precision, devices, update and rerun)
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
     source, batch_size = _list_images(encoder, data, "thumbnail" in columns)
-    log.info(
-        "embed: %s images; a repeated command resumes from %s.parts if this one is stopped", f"{len(source):,}", to
-    )
-    keys = source.keys()
-    card, preprocess = encoder.card, encoder.preprocess
-    preprocessing = {
-        **{name: getattr(preprocess, name) for name in ("image_size", "store_size", "resize_size")},
-        **{name: getattr(preprocess, name).flatten().tolist() for name in ("mean", "std")},
-    }
-    chosen = sorted(set(columns), key=COLUMNS.index)
+    keys, preprocess = source.keys(), encoder.preprocess
+    preprocessing = {name: getattr(preprocess, name) for name in ("image_size", "store_size", "resize_size")}
+    preprocessing |= {name: getattr(preprocess, name).flatten().tolist() for name in ("mean", "std")}
     plan = Plan(
-        hash_tensors(encoder.network.state_dict()),
-        preprocessing,
-        precision,
-        chosen,
-        batch_size,
-        len(source),
-        source.fingerprint(keys),
+        checkpoint=hash_tensors(encoder.network.state_dict()),
+        preprocessing=preprocessing,
+        precision=precision,
+        columns=sorted(set(columns), key=COLUMNS.index),
+        batch_size=batch_size,
+        images=len(source),
+        data=source.fingerprint(keys),
     )
     metadata = {
         embedding_file.CHECKPOINT: plan.checkpoint.encode(),
-        embedding_file.CARD: embedding_file.encoded(asdict(card)),
+        embedding_file.CARD: embedding_file.encoded(asdict(encoder.card)),
         embedding_file.PREPROCESSING: embedding_file.encoded(preprocessing),
         embedding_file.VERSION: __version__.encode(),
     }
     schema = embedding_file.schema(encoder.width, precision, source.thumbnails, metadata)
     parts = Parts(to.with_name(f"{to.name}.parts"), plan, schema)
-    return _run(encoder, source, keys, parts, to, (update, rerun, devices))
+    return _run(Job(encoder, source, parts, keys, KnownRows([], schema)), to, update, rerun, devices)
 
 
-def _run(encoder: Encoder, source: Source, keys: Any, parts: Parts, to: Path, how: tuple[bool, bool, int]) -> Embedded:
-    update, rerun, devices = how
-    rank, world, local_rank = launched_ranks()
+def _run(job: Job, to: Path, update: bool, rerun: bool, devices: int) -> Embedded:
+    parts, (rank, world, local_rank) = job.parts, launched_ranks()
     finished = None if rerun else _check_former(parts, to, update)
     if finished is not None:
         log.info("embed: %s is complete; rerun=true would write it again", to)
-        if rank == 0 and parts.folder.exists():  # killed after the last step but one
+        if rank == 0 and parts.folder.exists():  # killed before it was removed
             with exclusive(parts.folder):
                 parts.remove()
         return finished
+    message = "embed: %s images; if this run is stopped, the same command resumes it from %s"
+    log.info(message, f"{parts.plan.images:,}", parts.folder)
     with exclusive(parts.folder) if rank == 0 else contextlib.nullcontext(), _group(world) as wait:
         if rank == 0:
             if rerun:
@@ -145,20 +139,20 @@ def _run(encoder: Encoder, source: Source, keys: Any, parts: Parts, to: Path, ho
             parts.begin()
         wait()
         former = [path for path in [to, *parts.earlier()] if path.exists()] if update else []
-        job = Job(encoder, source, parts, keys, KnownRows(former, parts.schema))
+        job = replace(job, known=KnownRows(former, parts.schema))
         if world > 1:
             work(job, rank, world, local_rank)
         else:
             compute(job, devices)
         wait()
-        reused = int((job.known.find(keys) >= 0).sum())
+        reused = int((job.known.find(job.keys) >= 0).sum())
         if rank:
             return Embedded(to, 0, reused, [])
-        broken = _join(parts, to, source.max_broken)
+        broken = _join(parts, to, job.source.max_broken)
         parts.remove()
-    rows = len(source) - len(broken)
-    message = "embed: %s has %s rows (%s taken over) and %d broken files were left out"
-    log.info(message, to, f"{rows:,}", f"{reused:,}", len(broken))
+    rows = parts.plan.images - len(broken)
+    message = "embed: %s has %s rows, %s of them taken over; %s unreadable images have none"
+    log.info(message, to, f"{rows:,}", f"{reused:,}", f"{len(broken):,}")
     for path, reason in broken:
         log.warning("broken: %s (%s)", path, reason)
     return Embedded(to, rows, reused, broken)
@@ -169,7 +163,7 @@ def _check_knobs(to: str | Path, columns: Sequence[str], precision: str, devices
     require(path.suffix == ".parquet" and not path.is_dir(), f"to={to}: give the path of a file that ends in .parquet")
     for column in columns:
         require(column in COLUMNS, f"columns={column}: choose among {', '.join(COLUMNS)}")
-    require_choice("embed", tuple(embedding_file.PRECISIONS), precision=precision)
+    require(precision in embedding_file.PRECISIONS, f"precision={precision}: choose one of fp32, fp16")
     require(not both, "update=true rerun=true: the one keeps former rows and the other replaces them; give one of them")
     known = isinstance(devices, int) and devices >= 1
     require(known, f"trainer.devices={devices}: give a whole number, at least 1")
@@ -256,6 +250,8 @@ def _join(parts: Parts, to: Path, max_broken: float) -> list[tuple[str, str]]:
     named = [(path, reason) for _, path, reason in lost]
     columns, rows = list(parts.plan.columns), starts[-1]
     kind = embedding_columns.map_kind() if "xy" in columns and rows > 1 else ""
+    if kind:
+        log.info("embed: the columns x and y are coordinates by %s", kind)
     points, nearest = _of_all_rows(parts, columns, kind, rows)
     metadata = {
         **parts.schema.metadata,
@@ -277,17 +273,16 @@ def _join(parts: Parts, to: Path, max_broken: float) -> list[tuple[str, str]]:
 
 def _of_all_rows(parts: Parts, columns: Sequence[str], kind: str, rows: int) -> tuple[Any, Any]:
     """Coordinates of the map, and nearest rows with distances; None for columns that were not asked for."""
-    vectors = None
-    if "neighbors" in columns or kind == "UMAP":
-        from twoview.evaluation.feature_store import collect_features
+    from twoview.evaluation.feature_store import collect_features
 
-        width = parts.schema.field("vector").type.list_size
-        vectors = collect_features(
-            lambda: map(torch.from_numpy, parts.vectors()), (rows, width), folder=str(parts.folder)
-        )
-    points = None
-    if "xy" in columns:  # a single image has no directions
-        points = (
-            embedding_columns.map_coordinates(vectors, parts.vectors, kind) if kind else np.zeros((rows, 2), np.float32)
-        )
-    return points, embedding_columns.nearest_rows(vectors) if "neighbors" in columns and vectors is not None else None
+    points = nearest = vectors = None
+    if "neighbors" in columns or kind == "UMAP":
+        shape = (rows, parts.schema.field("vector").type.list_size)
+        vectors = collect_features(lambda: map(torch.from_numpy, parts.vectors()), shape, folder=str(parts.folder))
+    if kind:
+        points = embedding_columns.map_coordinates(vectors, parts.vectors, kind)
+    elif "xy" in columns:  # a single image
+        points = np.zeros((rows, 2), np.float32)
+    if "neighbors" in columns and vectors is not None:
+        nearest = embedding_columns.nearest_rows(vectors)
+    return points, nearest

@@ -37,6 +37,7 @@ VERSION, PLAN, BROKEN, MAP = b"twoview.version", b"twoview.plan", b"twoview.brok
 TEXTS = (CHECKPOINT, VERSION, MAP)  # the other values are JSON
 PRECISIONS = {"fp32": "float", "fp16": "halffloat"}  # names of the types in Arrow
 MAX_WIDTH = 2**17  # largest number of features that is read
+MAX_TEXT = 2**15  # largest size of a path or a label in bytes
 
 
 class Embeddings(NamedTuple):
@@ -102,19 +103,20 @@ def read_embeddings(
             finite; or pyarrow is missing.
 
     Example:
+        >>> from twoview import load
         >>> from twoview.data import digits
         >>> from twoview.tools import embed
-        >>> file = embed("random:test_resnet", digits(image_size=16, channels=3), f"{folder}/digits.parquet").path
-        >>> found = read_embeddings(file)
-        >>> found.paths[0], found.labels[0], found.vectors.shape
-        ('pretrain image 0', '8', torch.Size([1797, 96]))
+        >>> encoder = load("random:test_resnet", image_size=16, channels=1)
+        >>> found = read_embeddings(embed(encoder, digits(image_size=16), f"{folder}/digits.parquet").path)
+        >>> found.paths[0], found.vectors.shape
+        ('pretrain image 0', torch.Size([1797, 96]))
     """
     from twoview.evaluation.feature_store import collect_features
 
     with open_embeddings(path, knob) as handle:
         rows, width = handle.metadata.num_rows, handle.schema_arrow.field("vector").type.list_size
         vectors = collect_features(lambda: vector_blocks(handle, f"{knob}={path}"), (rows, width), memory, folder)
-        paths, indices, labels = (_values(handle, column) for column in ("path", "index", "label"))
+        paths, indices, labels = (_values(handle, column, f"{knob}={path}") for column in ("path", "index", "label"))
     message = "has rows without a path or an index; write it again by task=embed"
     require(None not in paths and None not in indices, f"{knob}={path}: {message}")
     return Embeddings(Paths(paths), torch.tensor(indices).long(), labels, vectors, metadata(handle.schema_arrow))
@@ -196,13 +198,16 @@ def _check_columns(found: Any, where: str, advice: str) -> None:
     require(known and 0 < vector.list_size <= MAX_WIDTH, f"{where}: has no column vector of fixed size; {advice}")
 
 
-def _values(handle: Any, column: str) -> list[Any]:
+def _values(handle: Any, column: str, where: str) -> list[Any]:
+    import pyarrow.compute as pc
+
     found: list[Any] = []
-    shared: dict[Any, Any] = {}  # equal labels are one string
+    shared: dict[Any, Any] = {None: None}  # equal labels are one string
     for group in range(handle.num_row_groups):
         for part in read_parts(handle, column, group, _limit()):
+            # A long text that many rows share is stored once.
+            longest = pc.max(pc.binary_length(part)).as_py() if str(part.type) == "string" else 0
+            require((longest or 0) <= MAX_TEXT, f"{where}: has a {column} of {longest} bytes; give another file")
             values = part.to_pylist()
-            found += (
-                values if column != "label" else [shared.setdefault(v, None if v is None else str(v)) for v in values]
-            )
+            found += [shared.setdefault(x, str(x)) for x in values] if column == "label" else values
     return found

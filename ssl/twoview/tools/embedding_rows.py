@@ -1,14 +1,18 @@
 """Rows of earlier files of embeddings, found by path, size and time of modification of the image."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from twoview.errors import UserError
 from twoview.tools.embedding_file import CHECKPOINT, PREPROCESSING, open_embeddings
 from twoview.tools.embedding_parts import vectors_of
 from twoview.tools.embedding_source import KEY_BYTES, key
+
+log = logging.getLogger(__name__)
 
 
 class _Group(NamedTuple):
@@ -17,7 +21,7 @@ class _Group(NamedTuple):
 
 
 class KnownRows:
-    """Rows of embeddings that need not be computed again. They stay in their files; 40 bytes a row are in memory.
+    """Rows of embeddings that need not be computed again. They stay in their files; about 30 bytes a row are in memory.
 
     Args:
         files: files of embeddings, and parts of such files. Those with other metadata or columns than asked for are
@@ -30,16 +34,18 @@ class KnownRows:
         self.groups: list[_Group] = []
         starts, keys = [0], list[bytes]()
         for file in files:
-            with open_embeddings(file, "to") as handle:
-                if not _fits(handle.schema_arrow, schema):
-                    continue
-                for number in range(handle.num_row_groups):
-                    keys += _keys(handle, number)
-                    self.groups.append(_Group(file, number))
-                    starts.append(len(keys))
-        found = np.array(keys, dtype=f"S{KEY_BYTES}")
-        self.starts, self.order = np.array(starts), np.argsort(found, kind="stable")
-        self.sorted = found[self.order]
+            try:
+                found = _keys(file, schema)
+            except UserError as error:
+                log.warning("no rows are taken over: %s", error)
+                continue
+            for number, group in enumerate(found):
+                keys += group
+                self.groups.append(_Group(file, number))
+                starts.append(len(keys))
+        unsorted = np.array(keys, dtype=f"S{KEY_BYTES}")
+        self.starts, self.order = np.array(starts), np.argsort(unsorted, kind="stable")
+        self.sorted = unsorted[self.order]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the row of each key of :meth:`twoview.tools.embedding_source.Source.keys`, -1 where there is none."""
@@ -67,16 +73,18 @@ class KnownRows:
             yield places, {"sizes": sizes, "vector": vectors_of(table["vector"])[within], "thumbnail": thumbnails}
 
 
+def _keys(file: Path, schema: Any) -> list[list[bytes]]:
+    """Key of each row of each row group; an empty one, which no image has, for images that are in no file."""
+    with open_embeddings(file, "to") as handle:
+        names = ["path", "bytes", "modified", "height", "width"]
+        groups = range(handle.num_row_groups) if _fits(handle.schema_arrow, schema) else []
+        tables = (handle.read_row_group(number, columns=names).select(names).to_pydict() for number in groups)
+        rows = (zip(*table.values(), strict=True) for table in tables)
+        return [[b"" if None in row else key(row[0], row[1:3]) for row in group] for group in rows]
+
+
 def _fits(found: Any, wanted: Any) -> bool:
+    """Whether a file has the metadata and the columns that are wanted."""
     metadata = found.metadata or {}
     same = all(metadata.get(name) == wanted.metadata[name] for name in (CHECKPOINT, PREPROCESSING))
-    return same and all(
-        name in found.names and found.field(name).type == wanted.field(name).type for name in wanted.names
-    )
-
-
-def _keys(handle: Any, group: int) -> list[bytes]:
-    """Key of each row of a row group; an empty one, which no image has, for images that are in no file."""
-    columns = handle.read_row_group(group, columns=["path", "bytes", "modified", "height", "width"])
-    rows = zip(*columns.to_pydict().values(), strict=True)
-    return [b"" if None in row else key(row[0], row[1:3]) for row in rows]
+    return same and all(found.get_field_index(x.name) >= 0 and found.field(x.name).type == x.type for x in wanted)

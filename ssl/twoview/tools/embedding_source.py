@@ -55,7 +55,7 @@ class Source(Dataset[Decoded]):
     def __init__(
         self, splits: Mapping[str, Images], classes: Sequence[str], preprocess: Preprocess, thumbnails: bool
     ) -> None:
-        self.splits, self.classes, self.thumbnails = dict(splits), list(classes), thumbnails
+        self.splits, self.classes, self.thumbnails = list(splits.items()), list(classes), thumbnails
         self.preprocess = copy.deepcopy(preprocess).cpu()  # loader processes have no device
         self.starts = [0, *np.cumsum([len(images) for images in splits.values()]).tolist()]
 
@@ -84,12 +84,12 @@ class Source(Dataset[Decoded]):
     @property
     def num_workers(self) -> int:
         """Number of loader processes."""
-        return max(images.num_workers for images in self.splits.values())
+        return max(images.num_workers for _, images in self.splits)
 
     @property
     def max_broken(self) -> float:
         """Largest share of the images that may be unreadable."""
-        return max((x.max_broken for x in self.splits.values() if isinstance(x, LazyImages)), default=0.0)
+        return max((images.max_broken for _, images in self.splits if isinstance(images, LazyImages)), default=0.0)
 
     def path(self, position: int) -> str:
         """Return the absolute path of an image file, or the name of an image that is not in a file of its own.
@@ -130,7 +130,7 @@ class Source(Dataset[Decoded]):
     def fingerprint(self, keys: np.ndarray) -> str:
         """Hash the keys and labels of all images, and the content of images that are not in files of their own."""
         digest = hashlib.blake2b(keys.tobytes() + repr(self.classes).encode(), digest_size=16)
-        for images in self.splits.values():
+        for _, images in self.splits:
             digest.update(images.labels.numpy().tobytes())
             if isinstance(images, TensorImages):
                 digest.update(images.statistics().numpy().tobytes())
@@ -141,8 +141,7 @@ class Source(Dataset[Decoded]):
 
     def _locate(self, position: int) -> tuple[str, Images, int]:
         number = bisect_right(self.starts, position) - 1
-        name = list(self.splits)[number]
-        return name, self.splits[name], position - self.starts[number]
+        return *self.splits[number], position - self.starts[number]
 
     def _decode(self, position: int) -> tuple[Tensor, tuple[int, int], list[bytes]]:
         _, images, place = self._locate(position)

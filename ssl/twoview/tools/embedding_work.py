@@ -88,6 +88,9 @@ def work(job: Job, rank: int, world: int, local_rank: int) -> None:
     """
     parts, encoder = job.parts, job.encoder.to(_device(local_rank, world))
     todo = [_Part(job, number) for number in range(rank, len(parts), world) if not parts.is_complete(number)]
+    there = len(range(rank, len(parts), world)) - len(todo)
+    if there:
+        log.info("embed: %d of %d parts are there already", there, there + len(todo))
     batches = [batch for part in todo for batch in part.batches]
     workers = job.source.num_workers if len(batches) > FEW else 0
     # Each process has its share of the loader processes, but at least one if there are any.
