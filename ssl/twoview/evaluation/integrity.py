@@ -1,6 +1,5 @@
 """Test images that are also training images: accuracy on these images measures memorization, not generalization."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,17 +11,12 @@ from torch.nn import functional as F
 from twoview.data import Images, fit_channels, in_order
 from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Thumbnails, Workload
 from twoview.evaluation.neighbors import neighbors
+from twoview.evaluation.pixel_pairs import agreement, is_near, pixel_hashes
 from twoview.evaluation.probe import Prediction
 from twoview.evaluation.progress import track
 from twoview.evaluation.tables import Table, percent
 
 SIDE = 32  # pixels per side at which images are compared
-# Conditions of near duplicates, see shared_images. docs/evaluation.md states how many re-encoded images are found, and
-# how many other images are reported.
-MAX_DIFFERENCE = 18.0
-CERTAIN = 8.0
-RATIO = 3.0
-MIN_CORRELATION = 0.85
 CANDIDATES = 5
 
 
@@ -118,16 +112,8 @@ def thumbnails(images: Images, side: int | None = None) -> Thumbnails:
     side, small, hashes = side or min(images.size, SIDE), [], list[bytes]()
     for batch in in_order(images):
         small.append(batch.squares(side).cpu())
-        sizes = [batch.pixels.shape[2:]] * len(batch.ids) if batch.sizes is None else batch.sizes.tolist()
-        hashes += [_hash(image[:, :h, :w]) for image, (h, w) in zip(batch.pixels.cpu(), sizes, strict=True)]
+        hashes += pixel_hashes(batch)
     return Thumbnails(torch.cat(small), hashes)
-
-
-def _hash(pixels: Tensor) -> bytes:
-    """Hash of an image uint8 ``[C, H, W]``; images of other shapes may consist of the same bytes."""
-    height, width = pixels.shape[1:]
-    shape = b"" if height == width else f"{height} {width}".encode()
-    return hashlib.blake2b(pixels.numpy().tobytes() + shape, digest_size=16).digest()
 
 
 def shared_images(
@@ -141,15 +127,9 @@ def shared_images(
     A test image whose hash equals the hash of a training image is an exact duplicate. Any other test image is compared
     with up to ten candidates: the five training images with the most similar 8x8 pixels, and the five training images
     with the most similar features. Thumbnails with three channels are compared in gray. The test image is a near
-    duplicate of the candidate with the smallest root mean square (RMS) difference if all of these conditions hold:
-
-    * the correlation of the pixels is above 0.85;
-    * the RMS difference is below 18 gray levels (of 255);
-    * the RMS difference is below 8 gray levels, or below a third of the largest RMS difference among the first five
-      candidates.
-
-    The last condition rejects different images that look alike, such as two digits of a class: the nearest image is
-    then not much nearer than the other candidates. Mirrored and cropped copies are not searched for.
+    duplicate of the candidate with the smallest root mean square (RMS) difference under the conditions of
+    :func:`twoview.evaluation.pixel_pairs.is_near`, where the typical difference is the largest one among the first five
+    candidates. Mirrored and cropped copies are not searched for.
 
     Args:
         train: thumbnails of N training images.
@@ -172,18 +152,17 @@ def shared_images(
         positions = candidates[start : start + 512]
         theirs = train_gray[positions].flatten(2).float()
         ours = test_gray[start : start + 512].flatten(1).float()[:, None]
-        difference = (theirs - ours).square().mean(2).sqrt()
-        a, b = theirs - theirs.mean(2, keepdim=True), ours - ours.mean(2, keepdim=True)
-        correlation = F.cosine_similarity(a, b, dim=2)
+        difference, correlation, _ = agreement(ours, theirs)
         nearest = difference.argmin(1, keepdim=True)
-        rows = [x.gather(1, nearest).flatten().tolist() for x in (positions, difference, correlation)]
-        rows.append(difference[:, :CANDIDATES].amax(1).tolist())
-        for row, (position, away, alike, far) in enumerate(zip(*rows, strict=True), start):
+        position, away, alike = (x.gather(1, nearest).flatten() for x in (positions, difference, correlation))
+        near = is_near(away, alike, difference[:, :CANDIDATES].amax(1))
+        rows = zip(position.tolist(), away.tolist(), near.tolist(), strict=True)
+        for row, (train_position, distance, is_duplicate) in enumerate(rows, start):
             equal = first.get(test.hashes[row])
             if equal is not None:
                 found.append(Shared(row, equal, True, 0.0))
-            elif alike > MIN_CORRELATION and away < min(MAX_DIFFERENCE, max(CERTAIN, far / RATIO)):
-                found.append(Shared(row, position, False, away))
+            elif is_duplicate:
+                found.append(Shared(row, train_position, False, distance))
     return found
 
 
