@@ -54,6 +54,11 @@ def png(image: Image.Image) -> str:
     return _data_uri("png", lambda file: image.save(file, "PNG", optimize=True))
 
 
+def jpeg(image: Image.Image) -> str:
+    """Return an image as a JPEG data URI, which is smaller than PNG for photographs."""
+    return _data_uri("jpeg", lambda file: image.save(file, "JPEG", quality=85))
+
+
 def thumbnail(pixels: Tensor) -> str:
     """Return pixels uint8 ``[C, S, S]`` as a PNG data URI with at most 96 pixels per side."""
     return png(as_image(fit_size(pixels[None], min(pixels.shape[1], THUMBNAIL))[0]))

@@ -74,17 +74,23 @@ def write_tables(title: str, shown: Sequence[Table], run_dir: Path) -> None:
     _render(title, {"tables": shown, "facts": [], "figures": [], "gallery": [], "verdict": None}, run_dir)
 
 
-def _render(title: str, content: Mapping[str, Any], run_dir: Path) -> None:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Return the environment of the templates of this package; HTML pages escape every text."""
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("twoview", "reporting"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["cell"] = markdown_cell
+    found.filters["cell"] = markdown_cell
+    return found
+
+
+def _render(title: str, content: Mapping[str, Any], run_dir: Path) -> None:
+    templates = environment()
     for name in ("report.md", "report.html"):
-        write_atomically(run_dir / name, environment.get_template(f"{name}.j2").render(content, title=title))
+        write_atomically(run_dir / name, templates.get_template(f"{name}.j2").render(content, title=title))
 
 
 def markdown_cell(text: str) -> str:

@@ -8,6 +8,7 @@ _MODULES = {
     "IndexSettings": "twoview.tools.index_settings",
     "embed": "twoview.tools.embedding",
     "export": "twoview.tools.exporting",
+    "find_duplicates": "twoview.tools.near_duplicates",
     "read_embeddings": "twoview.tools.embedding_file",
 }
 __all__ = [*_MODULES]
