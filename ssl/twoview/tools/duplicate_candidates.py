@@ -38,7 +38,9 @@ def _places(scale: float, count: int) -> list[float]:
 
 def thumbnails_of(gray: Tensor) -> Tensor:
     """Reduce uint8 ``[N, 64, 64]`` to fp32 ``[N, 256]``, 16x16 pixels each."""
-    return torch.cat([F.adaptive_avg_pool2d(part.float(), THUMBNAIL).flatten(1) for part in gray.split(4096)])
+    cells = (THUMBNAIL, -1)
+    parts = (part.float().unflatten(2, cells).unflatten(1, cells) for part in gray.split(4096))
+    return torch.cat([part.mean((2, 4)).flatten(1) for part in parts])
 
 
 def flipped(thumbnails: Tensor) -> Tensor:
@@ -95,15 +97,19 @@ def candidate_pairs(
         found = list(_by_pixels(thumbnails[queries], thumbnails[bank], mirrored, cropped, device))
         if features is not None:
             found.append(neighbors(features[bank], features[queries], NEIGHBORS + 1, device)[1])
-        for positions in found:
+        for positions in found:  # -1 stands for none
             a, b = queries[:, None].expand_as(positions).flatten(), bank[positions.flatten()]
             low, high = torch.minimum(a, b), torch.maximum(a, b)
-            codes = torch.cat([codes, (low * len(thumbnails) + high)[low < high]]).unique()
+            kept = (low < high) & (positions.flatten() >= 0)
+            codes = torch.cat([codes, (low * len(thumbnails) + high)[kept]]).unique()
     return torch.stack([codes // max(1, len(thumbnails)), codes % max(1, len(thumbnails))], 1)
 
 
 def _by_pixels(queries: Tensor, bank: Tensor, mirrored: bool, cropped: bool, device: torch.device) -> Iterator[Tensor]:
-    """Positions in the bank of the nearest neighbors of each query, int64 ``[n, k]``; an image may be its own."""
+    """Positions in the bank of the nearest neighbors of each query, int64 ``[n, k]``.
+
+    An image may be its own neighbor. Positions are -1 where the bank has too few images.
+    """
     whole, *parts = descriptor_matrices(search_windows(cropped))
     described, turned = bank @ whole, [queries, flipped(queries)] if mirrored else [queries]
     for thumbnails in turned:
@@ -115,8 +121,7 @@ def _by_pixels(queries: Tensor, bank: Tensor, mirrored: bool, cropped: bool, dev
         for part in parts:
             found = neighbors(described, thumbnails @ part, NEIGHBORS + 1, device)
             best = _merged(best, (found[0].cpu(), found[1].cpu()))
-    # Where the bank has fewer images than there are places, position -1 is left; the first image takes its place.
-    yield best[1].clamp(min=0)
+    yield best[1]
 
 
 def _merged(best: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

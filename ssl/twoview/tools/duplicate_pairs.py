@@ -62,7 +62,8 @@ def is_blank(gray: Tensor) -> Tensor:
     Returns:
         bool ``[N]``, whether the standard deviation is below 4 gray levels.
     """
-    return torch.cat([part.float().flatten(1).std(1) < MIN_CONTRAST for part in gray.split(4096)])
+    parts = (part.float().flatten(1) for part in gray.split(4096))
+    return torch.cat([part.square().mean(1) - part.mean(1).square() < MIN_CONTRAST**2 for part in parts])
 
 
 def near_pairs(copies: SmallCopies, pairs: Tensor, mirrored: bool, cropped: bool, device: torch.device) -> NearPairs:
@@ -83,6 +84,9 @@ def near_pairs(copies: SmallCopies, pairs: Tensor, mirrored: bool, cropped: bool
         cropped: whether the images may show different parts.
         device: device of the computation.
     """
+    if not len(pairs):
+        none = torch.zeros(0, dtype=torch.bool)
+        return NearPairs(pairs, torch.zeros(0), none, none, none)
     hypotheses = Hypotheses(mirrored, cropped, device)
     blocks = [_compare(copies, block, hypotheses, cropped, device) for block in track(pairs.split(BLOCK))]
     found = _Compared(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
@@ -99,8 +103,9 @@ def _compare(
     distance = torch.full_like(similarity, torch.inf)
     correlation, detail = torch.zeros_like(similarity), torch.zeros_like(similarity)
     recolored = torch.zeros_like(mirrored)
-    alike = similarity > MIN_SIMILARITY
-    rows = alike.nonzero().flatten()
+    rows = (similarity > MIN_SIMILARITY).nonzero().flatten()
+    if not len(rows):
+        return _Compared(distance, mirrored, recolored, recolored, correlation, detail)
     turned = mirrored[rows, None, None]
     ours, theirs = torch.where(turned, ours[rows].flip(2), ours[rows]), theirs[rows]
     if cropped:

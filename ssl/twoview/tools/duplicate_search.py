@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -75,13 +76,14 @@ def _different(hashes: Sequence[bytes], blank: Tensor, border: int) -> tuple[Ten
 
 def _links(sets: ImageSets, copies: SmallCopies, near: NearPairs, kinds: Sequence[str]) -> Iterator[Link]:
     """Pairs of near duplicates whose kinds are all searched."""
+    size = cache(partial(_size, sets, copies))
     columns = (near.pairs.tolist(), near.distance.tolist(), near.mirrored.tolist(), near.cropped.tolist())
     for (first, second), distance, *flags in zip(*columns, near.recolored.tolist(), strict=True):
         if copies.hashes[first] == copies.hashes[second]:  # in different sets
             continue
         found = [kind for kind, applies in zip(COMBINED, flags, strict=True) if applies]
         if not found:
-            found = ["resized" if _size(sets, copies, first) != _size(sets, copies, second) else "re-encoded"]
+            found = ["resized" if size(first) != size(second) else "re-encoded"]
         if set(found) <= set(kinds):
             yield Link(first, second, "+".join(found), distance)
 

@@ -79,8 +79,9 @@ class ImageSets:
         gray = torch.empty(len(self), SIDE, SIDE, dtype=torch.uint8)
         color = torch.empty(len(self), 3, COLOR_SIDE, COLOR_SIDE, dtype=torch.uint8)
         sizes, hashes = torch.empty(len(self), 2, dtype=torch.int64), list[bytes]()
-        for part in self.parts:
+        for part in filter(len, self.parts):
             add_steps(total=len(part))
+            start = len(hashes)
             for batch in in_order(part):
                 rows = slice(len(hashes), len(hashes) + len(batch.ids))
                 sizes[rows] = torch.tensor(batch.pixels.shape[2:]) if batch.sizes is None else batch.sizes
@@ -88,6 +89,10 @@ class ImageSets:
                 gray[rows] = _in_gray(scaled)
                 color[rows] = F.adaptive_avg_pool2d(_in_color(scaled), COLOR_SIDE).round().to(torch.uint8)
                 hashes += pixel_hashes(batch)
+                # Another image replaces one that has become unreadable, and would be taken for its duplicate.
+                for row in (batch.ids != torch.arange(rows.start - start, rows.stop - start)).nonzero().flatten():
+                    place = rows.start + int(row)
+                    gray[place], hashes[place] = 0, f"unreadable {place}".encode()
                 add_steps(done=len(batch.ids))
         return SmallCopies(gray, color, sizes, hashes)
 

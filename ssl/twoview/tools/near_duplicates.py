@@ -1,5 +1,6 @@
 """Groups of equal and nearly equal images in one set or between two sets, verified on their pixels."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from twoview.tools.image_sets import ImageSets
 DEFAULT_KINDS = ("re-encoded", "resized", "mirrored", "cropped")
 BYTES = 8000  # of memory per image, for small copies, thumbnails and descriptors
 Images = ImageData | Callable[..., ImageData]
+Place = str | Path | Sequence[str]
 
 
 def find_duplicates(
     data: Images,
     encoder: Encoder | None = None,
-    against: ImageData | str | Path | None = None,
+    against: ImageData | Place | None = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     run_dir: str | Path = "run",
 ) -> dict[str, Any]:
@@ -60,11 +62,12 @@ def find_duplicates(
         >>> report["images"], report["groups"], report["grouped"]
         (8, 2, 4)
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    advice = f"give a list of one or more of {', '.join(KINDS)}"
-    require(not isinstance(kinds, str) and len(kinds) and not unknown, f"kinds={kinds}: {advice}")
+    known = isinstance(kinds, list | tuple) and len(kinds) > 0 and all(kind in KINDS for kind in kinds)
+    require(known, f"kinds={kinds}: give a list of one or more of {', '.join(KINDS)}")
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)  # what cannot be written is reported before the search
     sets = _open(data, against)
-    needed, run_dir = len(sets) * (BYTES + (8 * encoder.width if encoder else 0)), Path(run_dir)
+    needed = len(sets) * (BYTES + (8 * encoder.width if encoder is not None else 0))
     require_memory(f"data: comparing {len(sets):,} images", needed, "search a part of the images")
     device = pick_device()
     with shown_by(EvaluationBar()):
@@ -119,15 +122,15 @@ def optional_encoder(
     return load(source, size, channels if kind in ("timm", "random") else None, weights=weights, seed=seed)
 
 
-def _open(data: Images, against: ImageData | str | Path | None) -> ImageSets:
-    if isinstance(against, str | Path):
-        require(not isinstance(data, ImageData), f"against={against}: give images, as data is no function that loads")
-        try:
-            second = data(root=str(against))  # type: ignore[operator]
-        except TypeError as error:
-            raise UserError(f"against={against}: goes with images that have data.root, such as data=folder") from error
-        except UserError as error:
-            raise UserError(str(error).replace("data.root=", "against=", 1)) from error
-    else:
-        second = against
-    return ImageSets(data if isinstance(data, ImageData) else data(), second)
+def _open(data: Images, against: ImageData | Place | None) -> ImageSets:
+    if against is None or isinstance(against, ImageData):
+        return ImageSets(data if isinstance(data, ImageData) else data(), against)
+    message = f"against={against}: goes with images that have data.root, such as data=folder"
+    accepted = set() if isinstance(data, ImageData) else inspect.signature(data).parameters.keys()
+    if isinstance(data, ImageData) or "root" not in accepted:
+        raise UserError(message)
+    try:
+        second = data(root=against, **dict.fromkeys({"eval_root"} & accepted))
+    except UserError as error:
+        raise UserError(str(error).replace("data.root=", "against=", 1)) from error
+    return ImageSets(data(), second)
