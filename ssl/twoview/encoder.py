@@ -1,6 +1,7 @@
 """A backbone with its preprocessing and its model card."""
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -129,6 +130,11 @@ class Encoder(nn.Module):
         """Number F of features, measured by a forward pass."""
         blank = torch.zeros(1, self.card.channels, self.card.image_size, self.card.image_size)
         return self.apply_network(blank).shape[1]
+
+    @property
+    def location(self) -> str:
+        """The source, as an absolute path if it is a file or a folder."""
+        return os.path.abspath(self.source) if os.path.exists(self.source) else self.source
 
     @property
     def device(self) -> torch.device:

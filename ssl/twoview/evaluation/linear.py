@@ -149,8 +149,8 @@ class Linear(Measure):
     def _regression(self, images: Labelled, inputs: Inputs, basis: Tensor | None = None) -> Regression:
         images = _on_device(images, inputs.device)
         scale, weights = self._scale_and_weights(images, inputs.classes)
-        options = (weights, self.label_smoothing, inputs.device)
-        return Regression(*images, scale, inputs.classes, *options, basis=basis)
+        smoothing, device = self.label_smoothing, inputs.device
+        return Regression(*images, scale, inputs.classes, weights, smoothing, device, basis=basis)
 
     def _scale_and_weights(self, images: Labelled, classes: int) -> tuple[Tensor, Tensor | None]:
         scale = feature_scale(images.features, self.batch_norm)

@@ -83,7 +83,8 @@ def fit_linear(
     rows = max(1, 2**24 // (len(l2) * classes))
 
     def solved() -> Tensor:
-        return torch.linalg.solve_triangular(factors.mT, weights, upper=True)  # [P, R, C], weights of scaled features
+        found: Tensor = torch.linalg.solve_triangular(factors.mT, weights, upper=True)
+        return found  # [P, R, C], weights of scaled features
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -153,9 +153,11 @@ class Regression:
         for part in self._parts(None):
             x = self._block(part)[0].div_(scale)
             covariance += x.T @ x
-        with contextlib.suppress(torch.linalg.LinAlgError):  # with many constant features, LAPACK may fail in fp32
-            return torch.linalg.eigh(covariance.float())[1]
-        return torch.linalg.eigh(covariance)[1].float()
+        with contextlib.suppress(RuntimeError):  # with many constant features, LAPACK may fail in fp32
+            directions: Tensor = torch.linalg.eigh(covariance.float()).eigenvectors
+            return directions
+        directions = torch.linalg.eigh(covariance).eigenvectors
+        return directions.float()
 
     @cached_property
     def _sample(self) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,10 @@ from torch import distributed as dist
 
 from twoview import __version__
 from twoview.data import ImageData, Images, LazyImages, TensorImages
-from twoview.encoder import Encoder, load
+from twoview.encoder import Encoder
 from twoview.errors import require
 from twoview.files import exclusive
+from twoview.loading import load
 from twoview.tools import embedding_columns, embedding_file
 from twoview.tools.embedding_parts import Parts, Plan, check_broken, write_table
 from twoview.tools.embedding_rows import KnownRows
@@ -112,6 +113,7 @@ def embed(
     )
     metadata = {
         embedding_file.CHECKPOINT: plan.checkpoint.encode(),
+        embedding_file.SOURCE: encoder.location.encode(errors="surrogateescape"),
         embedding_file.CARD: embedding_file.encoded(asdict(encoder.card)),
         embedding_file.PREPROCESSING: embedding_file.encoded(preprocessing),
         embedding_file.VERSION: __version__.encode(),

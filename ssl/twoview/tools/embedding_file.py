@@ -34,7 +34,8 @@ from twoview.files import open_regular
 
 CHECKPOINT, CARD, PREPROCESSING = b"twoview.checkpoint", b"twoview.card", b"twoview.preprocessing"
 VERSION, PLAN, BROKEN, MAP = b"twoview.version", b"twoview.plan", b"twoview.broken", b"twoview.map"
-TEXTS = (CHECKPOINT, VERSION, MAP)  # the other values are JSON
+SOURCE = b"twoview.source"
+TEXTS = (CHECKPOINT, SOURCE, VERSION, MAP)  # the other values are JSON
 PRECISIONS = {"fp32": "float", "fp16": "halffloat"}  # names of the types in Arrow
 MAX_WIDTH = 2**17  # largest number of features that is read
 MAX_TEXT = 2**15  # largest size of a path or a label in bytes
@@ -48,9 +49,10 @@ class Embeddings(NamedTuple):
         indices: int64 ``[N]``, position of each image in its data set.
         labels: class name of each image, None where unknown.
         vectors: fp32 ``[N, F]`` on the CPU, finite, in memory or read-only in a file that is mapped into memory.
-        metadata: values by name: ``checkpoint`` (hash of the weights), ``card`` (fields of a
-            :class:`twoview.ModelCard`), ``preprocessing``, ``version`` (of twoview), ``plan`` (settings), ``broken``
-            and ``map``; those that the file has. They are as a stranger may have written them.
+        metadata: values by name: ``checkpoint`` (hash of the weights), ``source`` (file or name that the network was
+            loaded from), ``card`` (fields of a :class:`twoview.ModelCard`), ``preprocessing``, ``version`` (of
+            twoview), ``plan`` (settings), ``broken`` and ``map``; those that the file has. They are as a stranger may
+            have written them.
     """
 
     paths: Sequence[str]
@@ -171,9 +173,9 @@ def vector_blocks(handle: Any, where: str) -> Iterator[Tensor]:
 def metadata(found: Any) -> dict[str, Any]:
     """Return the metadata of a ``pyarrow.Schema`` by name; values that cannot be decoded are left out."""
     values: dict[str, Any] = {}
-    for name in (CHECKPOINT, CARD, PREPROCESSING, VERSION, PLAN, BROKEN, MAP):
+    for name in (CHECKPOINT, SOURCE, CARD, PREPROCESSING, VERSION, PLAN, BROKEN, MAP):
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
-            text = found.metadata[name].decode()
+            text = found.metadata[name].decode(errors="surrogateescape" if name == SOURCE else "strict")
             values[name.decode().removeprefix("twoview.")] = text if name in TEXTS else json.loads(text)
     return values
 

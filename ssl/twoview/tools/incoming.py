@@ -1,6 +1,5 @@
 """What may be put into an index or searched for: images, vectors, or a file of embeddings."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -152,11 +151,11 @@ def _metadata(encoder: Encoder | str) -> dict[str, Any]:
     """Metadata of embeddings; of a hash, nothing else is known."""
     if isinstance(encoder, str):
         return {"checkpoint": encoder}
-    preprocess, source = encoder.preprocess, encoder.source
+    preprocess = encoder.preprocess
     used = {name: getattr(preprocess, name) for name in ("image_size", "store_size", "resize_size")}
     used |= {name: getattr(preprocess, name).flatten().tolist() for name in ("mean", "std")}
-    source = os.path.abspath(source) if os.path.exists(source) else source
-    return {"checkpoint": checkpoint_of(encoder), "card": asdict(encoder.card), "preprocessing": used, "source": source}
+    facts = {"card": asdict(encoder.card), "preprocessing": used, "source": encoder.location}
+    return {"checkpoint": checkpoint_of(encoder), **facts}
 
 
 def _with_statistics(card: dict[str, Any]) -> dict[str, Any]:

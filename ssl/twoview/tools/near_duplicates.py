@@ -9,10 +9,11 @@ import torch
 
 from twoview.data import ImageData
 from twoview.devices import pick_device, require_memory
-from twoview.encoder import Encoder, load
+from twoview.encoder import Encoder
 from twoview.errors import UserError, require
 from twoview.evaluation.feature_store import network_features
 from twoview.evaluation.progress import part, shown_by
+from twoview.loading import load
 from twoview.reporting.progress_bar import EvaluationBar
 from twoview.tools.duplicate_files import write_groups
 from twoview.tools.duplicate_search import KINDS, search_duplicates

@@ -12,10 +12,11 @@ from torch import Tensor
 from twoview.data import square, whole
 from twoview.data.folder import list_images
 from twoview.devices import pick_device
-from twoview.encoder import Encoder, load
+from twoview.encoder import Encoder
 from twoview.errors import UserError, require
 from twoview.evaluation.tables import Table
 from twoview.files import write_csv
+from twoview.loading import load
 from twoview.reporting.tables import show
 from twoview.tools.incoming import checkpoint_of, with_preprocessing
 from twoview.tools.index import Index, Neighbors
