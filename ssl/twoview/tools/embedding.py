@@ -275,10 +275,10 @@ def _join(parts: Parts, to: Path, max_broken: float) -> list[tuple[str, str]]:
 
 def _of_all_rows(parts: Parts, columns: Sequence[str], kind: str, rows: int) -> tuple[Any, Any]:
     """Coordinates of the map, and nearest rows with distances; None for columns that were not asked for."""
-    from twoview.evaluation.feature_store import collect_features
-
     points = nearest = vectors = None
     if "neighbors" in columns or kind == "UMAP":
+        from twoview.evaluation.feature_store import collect_features  # takes seconds to import
+
         shape = (rows, parts.schema.field("vector").type.list_size)
         vectors = collect_features(lambda: map(torch.from_numpy, parts.vectors()), shape, folder=str(parts.folder))
     if kind:
