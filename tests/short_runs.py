@@ -22,7 +22,7 @@ from twoview.methods import SimCLR
 from twoview.optim import OptimizerSettings
 from twoview.training import Recipe, RunSettings, TrainerSettings
 
-SIZE = 16
+SIZE = 10  # at 8, figures of a loaded network are not exactly those of the run: see test_runs.py
 RECIPE = Recipe(
     method=partial(SimCLR, temperature=0.2),
     backbone=partial(create_backbone, "test_resnet", in_chans=1, image_size=SIZE),
@@ -31,11 +31,11 @@ RECIPE = Recipe(
     optimizer=OptimizerSettings(torch.optim.AdamW, lr=3e-3),
 )
 CPU = TrainerSettings(max_epochs=2, accelerator="cpu", precision="32-true", log_every=3, check_every=1)
-SETTINGS = EvaluationSettings.from_knobs(l2=(1e-2, 1e-3), k=(1, 5))
+SETTINGS = EvaluationSettings.from_knobs(l2=(1.0, 0.1), k=(1, 5))
 
 
 def short_data(image_size=SIZE, channels=1, batch_size=128):
-    """Digits of 16 pixels."""
+    """Digits of ten pixels."""
     return digits(image_size, channels, batch_size)
 
 

@@ -80,9 +80,10 @@ def test_an_old_checkpoint_gives_the_same_features(finished, content, encoder, t
 
 
 def test_a_transformer_of_an_old_checkpoint_keeps_its_small_patches(tmp_path):
-    network, _ = create_backbone("test_vit", 1, SIZE)
+    size = 16
+    network, _ = create_backbone("test_vit", 1, size)
     card = {
-        **asdict(ModelCard("MoCoV3", build_arguments(network), SIZE, 1, SIZE, data="digits")),
+        **asdict(ModelCard("MoCoV3", build_arguments(network), size, 1, size, data="digits")),
         "mean": [0.3],
         "std": [0.4],
         "classes": ["0", "1"],
@@ -99,7 +100,7 @@ def test_a_transformer_of_an_old_checkpoint_keeps_its_small_patches(tmp_path):
     weights = {f"method.backbone.{name}": value for name, value in network.state_dict().items()}
     path = saved({"twoview": card, "state_dict": {**weights, "method.head.0.weight": torch.zeros(2)}}, tmp_path)
     encoder = twoview.load(path)
-    pixels = short_data().test.pixels[:4]
+    pixels = short_data(size).test.pixels[:4]
     with torch.no_grad():
         assert torch.equal(encoder(pixels), network.eval()(encoder.preprocess(pixels)))
 

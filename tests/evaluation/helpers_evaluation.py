@@ -39,7 +39,7 @@ def digits_data(image_size=SIZE, channels=1):
 
 def quick(*parts, **knobs):
     """Settings with small grids; all measures but ``linear_sgd`` unless ``parts`` are given."""
-    few = {"l2": (1e-2, 1e-3), "k": (1, 5), "bootstrap": 200, "shift_images": 60, "draws": 2}
+    few = {"l2": (1.0, 0.1), "k": (1, 5), "bootstrap": 200, "shift_images": 60, "draws": 2}
     return EvaluationSettings.from_knobs(parts=parts or ALL_BUT_SGD, **(few | knobs))
 
 

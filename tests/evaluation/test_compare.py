@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from evaluation.helpers_evaluation import evaluate, quick, relabelled, shuffled
 from safetensors.torch import load_file
+from short_runs import SIZE
 
 from twoview import runs
 from twoview.errors import UserError
@@ -19,7 +20,7 @@ def two_runs(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     short = quick("linear", "knn", "geometry", baselines=False)
     evaluate(folder / "a", finished.folder, settings=short)
-    evaluate(folder / "b", load("random:test_resnet", image_size=16, channels=1), settings=short)
+    evaluate(folder / "b", load("random:test_resnet", image_size=SIZE, channels=1), settings=short)
     return folder
 
 

@@ -90,9 +90,9 @@ def test_the_baseline_of_a_network_with_loaded_weights_has_its_architecture(tmp_
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path):
     content = torch.load(finished.folder / "checkpoints" / "last.ckpt", weights_only=True)
-    content["twoview"]["backbone"] |= {"name": "test_vit", "stem": "timm"}
+    content["twoview"]["backbone"] |= {"name": "test_efficientnet", "stem": "timm"}
     torch.save(content, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="its weights do not fit this timm's test_vit"):
+    with pytest.raises(UserError, match="its weights do not fit this timm's test_efficientnet"):
         evaluate(tmp_path / "run", tmp_path / "other.ckpt")
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation.helpers_evaluation import blobs, shuffled
-from short_runs import make_inputs, short_data, take_measures
+from short_runs import SIZE, make_inputs, short_data, take_measures
 from torch import Tensor
 
 from twoview import runs
@@ -102,7 +102,7 @@ def few_digits():
 
 @pytest.fixture(scope="module")
 def encoder():
-    return load("random:test_resnet", image_size=16, channels=1)
+    return load("random:test_resnet", image_size=SIZE, channels=1)
 
 
 def test_every_measure_chooses_without_test_labels_before_any_score(encoder):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from evaluation.helpers_evaluation import blobs, evaluate, quick
 from evaluation.slow_measure import start
-from short_runs import make_inputs, pretrain
+from short_runs import SIZE, make_inputs, pretrain
 
 from twoview.errors import Interrupted, UserError
 from twoview.evaluation.evaluate import take
@@ -54,7 +54,7 @@ class Fails(Measure):
 
 @pytest.fixture(scope="module")
 def encoder():
-    return load("random:test_resnet", image_size=16, channels=1)
+    return load("random:test_resnet", image_size=SIZE, channels=1)
 
 
 def with_part(*measures, **changes):

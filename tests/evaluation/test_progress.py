@@ -11,7 +11,7 @@ import pytest
 import torch
 from evaluation.helpers_evaluation import AUGMENT, digits_data, evaluate, quick
 from evaluation.slow_measure import start
-from short_runs import short_data
+from short_runs import SIZE, short_data
 
 from twoview.data import ImageData
 from twoview.evaluation import progress
@@ -21,7 +21,7 @@ from twoview.loading import load
 
 @pytest.fixture(scope="module")
 def encoder():
-    return load("random:test_resnet", image_size=16, channels=1)
+    return load("random:test_resnet", image_size=SIZE, channels=1)
 
 
 def test_the_first_line_tells_what_is_measured_and_how_long_it_takes(encoder, tmp_path, caplog):

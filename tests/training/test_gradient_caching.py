@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from short_runs import CPU, StopsAfter, assert_same, losses, pretrain, short_data
+from short_runs import CPU, SIZE, StopsAfter, assert_same, losses, pretrain, short_data
 from small_methods import ALL, filled, make
 from torch import nn
 from torch.nn import functional as F
@@ -215,7 +215,7 @@ def test_groups_of_batchnorm_are_counted_on_each_rank():
 
 
 # Through the public function: digits, networks without BatchNorm, ten batches an epoch.
-BACKBONE = partial(create_backbone, "resnet10_narrow", in_chans=1, image_size=16, options={"norm_layer": "groupnorm"})
+BACKBONE = partial(create_backbone, "resnet10_narrow", in_chans=1, image_size=SIZE, options={"norm_layer": "groupnorm"})
 DROPPING = partial(BACKBONE, options={"norm_layer": "groupnorm", "drop_path_rate": 0.2, "zero_init_last": False})
 SHORT = TrainerSettings(max_epochs=1, accelerator="cpu", precision="32-true", log_every=1, check_every=0)
 
