@@ -3,6 +3,7 @@
 import ast
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,13 @@ LIBRARIES = {
 DEFAULT_LIBRARIES = {"torch"}
 
 
+@cache
+def parsed(text):
+    """The syntax tree of a file, which is made once although the package is copied for every planted violation."""
+    return ast.parse(text)
+
+
+@cache
 def imports(tree):
     """Dotted names of everything that is imported, at the top of a file, inside functions, or by ``import_module``."""
     names = set()
@@ -78,6 +86,7 @@ def imports(tree):
     return names
 
 
+@cache
 def dotted_attributes(tree):
     """Dotted names of attributes that are used, such as ``torch.nn.Linear``."""
     return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -89,7 +98,7 @@ def violations(package):
     for file in sorted(package.rglob("*.py")):
         where = file.relative_to(package)
         unit = where.parts[0].removesuffix(".py")
-        tree = ast.parse(file.read_text())
+        tree = parsed(file.read_text())
         if unit not in LAYER_OF and unit not in EVERYWHERE | {"__init__"}:
             found.append(f"{where}: is in no layer")
             continue
