@@ -5,6 +5,7 @@ folder ``runs`` of its working folder is listed.
 """
 
 import contextlib
+import itertools
 import logging
 import multiprocessing.util
 import os
@@ -20,6 +21,7 @@ import twoview.cli
 import twoview.runs  # imported before the fork, so that no case waits for torch
 
 LIMIT = 20.0  # seconds
+_NUMBERS = itertools.count()  # of the commands, in the names of their files
 SHORT = ("backbone.name=test_resnet", "data.image_size=16", "trainer.max_steps=2", "eval.baselines=false")
 
 
@@ -46,6 +48,53 @@ class Outcome:
         return self.code == code and one and message in self.err and not self.outside
 
 
+@dataclass(frozen=True)
+class Command:
+    """A command line that runs in a process of its own.
+
+    Attributes:
+        pid: id of the process, which leads a group of its own.
+        out: file of its stdout.
+        err: file of its stderr.
+    """
+
+    pid: int
+    out: Path
+    err: Path
+
+    def wait(self, limit: float = LIMIT) -> int | str:
+        """Exit code, negative for a signal; "time limit" if the process was killed after ``limit`` seconds."""
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            found, raw = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(raw)
+            time.sleep(0.01)
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        return "time limit"
+
+    def texts(self) -> list[str]:
+        """What was written to stdout and stderr, whose files are removed."""
+        texts = [file.read_text(errors="replace") for file in (self.out, self.err)]
+        for file in (self.out, self.err):
+            file.unlink()
+        return texts
+
+
+def start(folder: Path, *arguments: str, prepare=lambda: None, main=None) -> Command:
+    """Start ``twoview ARGUMENTS``, or another main function, in a folder; other arguments are those of :func:`run`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = next(_NUMBERS)
+    out, err = (folder.parent / f".{folder.name}.{number}.{name}" for name in ("out", "err"))
+    for file in (out, err):
+        file.touch()
+    child = os.fork()
+    if not child:
+        _run_child(folder, arguments, out, err, prepare, main or twoview.cli.main)
+    return Command(child, out, err)
+
+
 def run(folder: Path, *arguments: str, limit: float = LIMIT, prepare=lambda: None) -> Outcome:
     """Run ``twoview ARGUMENTS`` in a folder.
 
@@ -57,35 +106,23 @@ def run(folder: Path, *arguments: str, limit: float = LIMIT, prepare=lambda: Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _files(folder.parent, folder / "runs")
-    out, err = (folder.parent / f".{folder.name}.{name}" for name in ("out", "err"))
-    child = os.fork()
-    if not child:
-        _run_child(folder, arguments, out, err, prepare)
-    end, status = time.monotonic() + limit, None
-    while status is None:
-        found, raw = os.waitpid(child, os.WNOHANG)
-        if found:
-            status = os.waitstatus_to_exitcode(raw)
-        elif time.monotonic() > end:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            status = "time limit"
-        else:
-            time.sleep(0.01)
-    texts = [file.read_text(errors="replace") for file in (out, err)]
-    for file in (out, err):
-        file.unlink()
+    command = start(folder, *arguments, prepare=prepare)
+    code = command.wait(limit)
+    out, err = command.texts()
     after = _files(folder.parent, folder / "runs")
     changed = sorted(str(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    return Outcome(status, *texts, changed)
+    return Outcome(code, out, err, changed)
 
 
-def _run_child(folder, arguments, out, err, prepare):
+def _run_child(folder, arguments, out, err, prepare, main):
     """Never returns."""
     code = 70
     try:
         multiprocessing.util._run_after_forkers()  # or loader processes would wait for a thread of the parent
         os.setsid()
+        # As in a process that a shell starts; the processes of pytest-xdist may have other handlers.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         for number, target in ((0, os.devnull), (1, out), (2, err)):
             os.dup2(os.open(target, os.O_RDWR | os.O_CREAT, 0o644), number)
@@ -100,7 +137,7 @@ def _run_child(folder, arguments, out, err, prepare):
             os.environ.pop(name, None)
         sys.argv = ["twoview", *arguments]
         prepare()
-        twoview.cli.main()
+        main()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -3,29 +3,30 @@ import re
 import shlex
 
 import pytest
-from commands import ROOT, train
+from commands import train
+from hostile_runs import run
 from omegaconf import OmegaConf
 
 from twoview.cli import sweeps
 
-SHORT = ["trainer.max_epochs=1", "backbone.name=test_resnet", "data.image_size=16", "eval.baselines=false"]
+SHORT = ["trainer.max_epochs=1", "backbone.name=test_resnet", "data.image_size=10", "eval.baselines=false"]
 
 
 def test_a_sweep_has_a_folder_for_every_run_and_goes_on_after_a_failure(tmp_path):
-    result = train("-m", "method.temperature=0.1,0,0.5", *SHORT, f"hydra.sweep.dir={tmp_path}")
-    assert result.returncode == 1
-    assert "method.temperature=0: must be above 0" in result.stderr
-    runs = sweeps.outcomes(next(tmp_path.glob("*/table.csv")).parent)
+    result = run(tmp_path, "-m", "method.temperature=0.1,0,0.5", *SHORT, limit=120)
+    assert result.code == 1
+    assert "method.temperature=0: must be above 0" in result.err
+    runs = sweeps.outcomes(next(tmp_path.glob("sweeps/*/table.csv")).parent)
     assert [run["mistake"] is None for run in runs] == [True, False, True]
     assert [run["figure"] is None for run in runs] == [False, True, False]
 
 
 def test_every_method_runs_by_its_name(tmp_path):
     names = ["moco", "moco_v1", "moco_v3", "supcon", "nnclr"]
-    result = train("-m", f"method={','.join(names)}", *SHORT, f"hydra.sweep.dir={tmp_path}", timeout=250)
-    assert result.returncode == 0, result.stderr
-    done = sweeps.outcomes(next(tmp_path.glob("*/table.csv")).parent)
-    reports = [json.loads((ROOT / run["folder"] / "report.json").read_text()) for run in done]
+    result = run(tmp_path, "-m", f"method={','.join(names)}", *SHORT, limit=250)
+    assert result.code == 0, result.err
+    done = sweeps.outcomes(next(tmp_path.glob("sweeps/*/table.csv")).parent)
+    reports = [json.loads((tmp_path / run["folder"] / "report.json").read_text()) for run in done]
     assert [r["method"] for r in reports] == ["MoCo", "MoCo", "MoCoV3", "SupCon", "NNCLR"]
     assert [r["training"]["batches_without_step"] for r in reports] == [1, 1, 0, 0, 1]
 
@@ -51,13 +52,13 @@ def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     again = re.search(r"more:\s+python train.py (.*)", result.stdout)[1]
-    result = train(*shlex.split(again), "eval.shift_images=20", "eval.draws=2", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = run(tmp_path, *shlex.split(again), "eval.shift_images=20", "eval.draws=2", limit=120)
+    assert result.code == 0, result.err
     first, second = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/*/report.json")))
     assert second["results"]["trained"]["linear"] == first["results"]["trained"]["linear"]
     assert (second["task"], second["seed"]) == ("evaluate", 3)
     config = min(tmp_path.glob("runs/*/*/config.yaml")).read_text()  # of the first run
-    assert "image_size: 16" in config
+    assert "image_size: 10" in config
     assert "${" not in config
 
 
