@@ -225,7 +225,7 @@ def test_broken_images_are_named_and_have_no_row(encoder, pictures, tmp_path, sm
     done = embed(encoder, listed(root, max_broken=0.1), to)
     assert [path for path, _ in done.broken] == [str(root / "bee ö" / "zz.png")]
     assert table(to)["index"].to_pylist() == list(range(41))
-    assert "1 unreadable images have none" in caplog.text
+    assert "unreadable images, which have no row: 1" in caplog.text
     assert f"broken: {root / 'bee ö' / 'zz.png'}" in caplog.text
     assert read_embeddings(to).metadata["broken"]["count"] == 1
     for file in root.rglob("*.*"):

@@ -31,7 +31,7 @@ def write_groups(sets: ImageSets, groups: Sequence[Sequence[Member]], report: Ma
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(report["pairs"].items()))
     summary = [
         f"{report['grouped']:,} of {report['images']:,} images are in {report['groups']:,} groups;"
-        f" pairs: {kinds or 0}.",
+        f" pairs: {kinds or 'none'}.",
         f"{report['candidates']:,} candidate pairs were verified. {report['blank']:,} images of nearly one gray level "
         "were compared by equality only. No file was changed.",
     ]
@@ -39,7 +39,7 @@ def write_groups(sets: ImageSets, groups: Sequence[Sequence[Member]], report: Ma
         summary.append(f"The first {SHOWN_GROUPS} groups are shown; duplicates.csv has all of them.")
     with part("page of groups"):
         page = write_page("Duplicates", summary, _shown(sets, groups), run_dir)
-    log.info("%s: %s", summary[0].rstrip("."), page)
+    log.info("duplicates: %s The groups are in %s", summary[0], page)
 
 
 def _rows(sets: ImageSets, groups: Sequence[Sequence[Member]]) -> Iterator[list[Any]]:

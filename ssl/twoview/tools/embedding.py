@@ -153,7 +153,7 @@ def _run(job: Job, to: Path, update: bool, rerun: bool, devices: int) -> Embedde
         broken = _join(parts, to, job.source.max_broken)
         parts.remove()
     rows = parts.plan.images - len(broken)
-    message = "embed: %s has %s rows, %s of them taken over; %s unreadable images have none"
+    message = "embed: %s has %s rows, of which %s were taken over; unreadable images, which have no row: %s"
     log.info(message, to, f"{rows:,}", f"{reused:,}", f"{len(broken):,}")
     for path, reason in broken:
         log.warning("broken: %s (%s)", path, reason)
