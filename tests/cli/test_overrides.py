@@ -108,7 +108,9 @@ def test_every_choice_composes_and_instantiates(group, choice):
 
 @pytest.mark.parametrize("task", sorted(p.stem for p in (CONF / "task").glob("*.yaml")))
 def test_every_task_composes(task):
-    needed = {"compare": ["runs=[a,b]"], "pretrain": [], "preview": []}
+    needed = {"compare": ["runs=[a,b]"], "index": ["embeddings=a", "to=b"], "search": ["index=a", "query=b"]}
+    needed |= {name: ["checkpoint=x", "to=b"] for name in ("embed", "export")}
+    needed |= {name: [] for name in ("pretrain", "preview", "duplicates")}
     check_overrides([f"task={task}", *needed.get(task, ["checkpoint=x"])])
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import environment
 from data.image_files import load, make_folder
-from short_runs import CPU, RECIPE
+from short_runs import CPU, RECIPE, SIZE
 from two_ranks import on_two_ranks
 
 from twoview.data import fake
@@ -114,7 +114,7 @@ def prepared(tmp_path, devices, data):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Function that loads 20 images, of which 4 are held out."""
-    return partial(load, make_folder(tmp_path_factory.mktemp("images"), each=10), channels=1)
+    return partial(load, make_folder(tmp_path_factory.mktemp("images"), each=10), channels=1, image_size=SIZE)
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(1, 16), (2, 16), (3, 15), (5, 15), (9, 9), (16, 16)])
@@ -136,6 +136,6 @@ def test_more_processes_than_cores_are_warned_about(tmp_path, caplog):
     cores = os.cpu_count()
     for devices in (cores, cores + 1):
         caplog.clear()
-        prepared(tmp_path, devices, fake(16, channels=1, batch_size=2 * devices, images=2 * devices))
+        prepared(tmp_path, devices, fake(SIZE, channels=1, batch_size=2 * devices, images=2 * devices))
         warned = f"trainer.devices={devices}: more processes than cores ({cores}), so training is slow" in caplog.text
         assert warned == (devices > cores)
