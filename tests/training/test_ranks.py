@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from short_runs import pretrain
+from short_runs import SIZE, pretrain
 from twoview.augment import TwoViews
 from twoview.training import TrainerSettings
 
@@ -33,7 +33,7 @@ class Recorded(TwoViews):
                 print(hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest(), file=file)
         return super().forward(pixels, key=key)
 
-Recorded.ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+Recorded.ramp = torch.arange(SIZE**2, dtype=torch.uint8).view(1, 1, SIZE, SIZE)
 trainer = TrainerSettings(max_epochs=2, accelerator="cpu", devices=2, precision="32-true", check_every=0)
 augment = partial(Recorded, crop_scale=(0.4, 1.0), flip_p=0.0)
 pretrain(Path({folder!r}) / "run", augment=augment, trainer=trainer, settings=None)
