@@ -300,7 +300,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(encoder, pictu
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Hardtanh(-3e5, 3e5))
     large = twoview.Encoder(network, encoder.card)
     large.preprocess.std.fill_(1e-6)
-    with pytest.raises(UserError, match=r"precision=fp16: [1-9]\d* images have features that are not finite .*precision=fp32"):
+    with pytest.raises(
+        UserError, match=r"precision=fp16: [1-9]\d* images have features that are not finite .*precision=fp32"
+    ):
         embed(large, listed(pictures), tmp_path / "b.parquet", precision="fp16")
 
 
