@@ -149,6 +149,12 @@ class Preprocess(nn.Module):
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The arguments as plain values, such as for the metadata of a file; ``resize_size`` is a number."""
+        sizes = {"image_size": self.image_size, "store_size": self.store_size, "resize_size": self.resize_size}
+        return {**sizes, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+
     def forward(self, images: Tensor | Image.Image, sizes: Tensor | None = None) -> Tensor:
         """Preprocess images.
 

@@ -24,7 +24,7 @@ from twoview.tools.embedding_parts import Parts, Plan, check_broken, write_table
 from twoview.tools.embedding_rows import KnownRows
 from twoview.tools.embedding_source import Source
 from twoview.tools.embedding_work import Job, compute, launched_ranks, work
-from twoview.torch_files import hash_tensors
+from twoview.tools.incoming import checkpoint_of
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +99,9 @@ def embed(
     to = _check_knobs(to, columns, precision, devices, update and rerun)
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
     source, batch_size = _list_images(encoder, data, "thumbnail" in columns)
-    keys, preprocess = source.keys(), encoder.preprocess
-    preprocessing = {name: getattr(preprocess, name) for name in ("image_size", "store_size", "resize_size")}
-    preprocessing |= {name: getattr(preprocess, name).flatten().tolist() for name in ("mean", "std")}
+    keys, preprocessing = source.keys(), encoder.preprocess.plain
     plan = Plan(
-        checkpoint=hash_tensors(encoder.network.state_dict()),
+        checkpoint=checkpoint_of(encoder),
         preprocessing=preprocessing,
         precision=precision,
         columns=sorted(set(columns), key=COLUMNS.index),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twoview.data import Batch, ImageData, Images, TensorImages, fit_channels, in_order
+from twoview.data import Batch, ImageData, TensorImages, fit_channels, in_order
 from twoview.evaluation.pixel_pairs import pixel_hashes
 from twoview.evaluation.progress import add_steps
 
@@ -44,9 +44,9 @@ class ImageSets:
     """
 
     def __init__(self, first: ImageData, second: ImageData | None = None) -> None:
-        splits = all_images(first)
+        splits = first.splits
         self.border = sum(map(len, splits.values()))
-        splits |= {f"against {name}": part for name, part in all_images(second).items()} if second is not None else {}
+        splits |= {f"against {name}": part for name, part in second.splits.items()} if second is not None else {}
         self.parts, self.labels = list(splits.values()), list(splits)
 
     def __len__(self) -> int:
@@ -95,17 +95,6 @@ class ImageSets:
                     gray[place], hashes[place] = 0, f"unreadable {place}".encode()
                 add_steps(done=len(batch.ids))
         return SmallCopies(gray, color, sizes, hashes)
-
-
-def all_images(data: ImageData) -> dict[str, Images]:
-    """Return splits that hold each image of a data set once, by name.
-
-    The labeled training images are a part of the pretraining images, unless none of these has a label.
-    """
-    splits = {"pretrain": data.pretrain, "train": data.train, "test": data.test}
-    if bool((data.pretrain.labels >= 0).any()):
-        del splits["train"]
-    return {name: split for name, split in splits.items() if split is not None}
 
 
 def _scaled(batch: Batch, sizes: Tensor) -> Tensor:

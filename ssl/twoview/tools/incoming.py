@@ -151,10 +151,7 @@ def _metadata(encoder: Encoder | str) -> dict[str, Any]:
     """Metadata of embeddings; of a hash, nothing else is known."""
     if isinstance(encoder, str):
         return {"checkpoint": encoder}
-    preprocess = encoder.preprocess
-    used = {name: getattr(preprocess, name) for name in ("image_size", "store_size", "resize_size")}
-    used |= {name: getattr(preprocess, name).flatten().tolist() for name in ("mean", "std")}
-    facts = {"card": asdict(encoder.card), "preprocessing": used, "source": encoder.location}
+    facts = {"card": asdict(encoder.card), "preprocessing": encoder.preprocess.plain, "source": encoder.location}
     return {"checkpoint": checkpoint_of(encoder), **facts}
 
 

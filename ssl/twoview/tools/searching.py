@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twoview.data import square, whole
 from twoview.data.folder import list_images
 from twoview.devices import pick_device
 from twoview.encoder import Encoder
@@ -155,7 +154,7 @@ def _vectors_of(files: Sequence[str], encoder: Encoder) -> tuple[list[str], Tens
         images = []
         for file in files[start : start + BATCH]:
             try:
-                images.append(_decoded(file, encoder))
+                images.append(encoder.preprocess.decoded(file)[0])
                 kept.append(file)
             except MemoryError:
                 raise
@@ -163,17 +162,9 @@ def _vectors_of(files: Sequence[str], encoder: Encoder) -> tuple[list[str], Tens
                 require(len(files) > 1, f"query={file}: cannot be read as an image ({error}); give another one")
                 log.warning("search: %s cannot be read (%s) and is left out", file, error)
         if images:
-            parts.append(encoder(images).cpu())
+            parts.append(encoder.apply_network(encoder.preprocess.normalized(torch.stack(images))).cpu())
     require(kept, f"query: none of {len(files)} files can be read as an image; give others")
     return kept, torch.cat(parts)
-
-
-def _decoded(file: str, encoder: Encoder) -> Tensor:
-    """The image in the size that the preprocessing starts from, uint8 ``[C, h, w]``."""
-    preprocess, channels = encoder.preprocess, encoder.card.channels
-    if preprocess.store_size is None:
-        return square(file, preprocess.resize_size, channels)
-    return whole(file, preprocess.store_size, channels)
 
 
 def _show(files: Sequence[str], found: Neighbors) -> None:
