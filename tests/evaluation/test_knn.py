@@ -7,7 +7,7 @@ from evaluation.helpers_evaluation import blobs, figures_of
 from short_runs import make_inputs
 from sklearn.neighbors import KNeighborsClassifier
 
-from twoview.data import split_holdout
+from twoview.data import fixed_sample, split_holdout
 from twoview.evaluation.knn import KNN
 
 
@@ -40,3 +40,14 @@ def test_balanced_choices_give_all_classes_equal_weight():
         measure = KNN(k=(1, 200), temperature=(1.0,), class_weights=weights)
         found[weights] = measure.choose(make_inputs(features, labels, features), {}).chosen["k"]
     assert found == {"none": 200, "balanced": 1}
+
+
+def test_k_is_chosen_on_a_fixed_part_of_many_held_out_images():
+    features, labels = blobs(spread=4.0)
+    fit, held = split_holdout(labels, 0.2, seed=0)
+    part = held[fixed_sample(len(held), 7)]
+    model = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    model.fit(features[fit], labels[fit])
+    found = KNN(k=(20,), temperature=(0.07,), k_images=7).choose(make_inputs(features, labels, features), {})
+    assert found.chosen["val_top1"] == pytest.approx(model.score(features[part], labels[part]))
+    assert found.chosen["val_top1"] != pytest.approx(model.score(features[held], labels[held]))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from twoview.errors import require_choice, require_positive
+from twoview.data import fixed_sample
+from twoview.errors import require_at_least, require_choice, require_positive
 from twoview.evaluation.measure import ByName, Inputs, Measure, Workload
 from twoview.evaluation.neighbors import neighbors
 from twoview.evaluation.probe import Prediction, choose_best
@@ -23,6 +24,8 @@ class KNN(Measure):
         temperature: temperatures to choose from, > 0; the weight of a vote is exp(cosine similarity / temperature).
         class_weights: weights in the accuracy by which k and temperature are chosen, "balanced" for equal weights of
             all classes, "none" for equal weights of all images.
+        k_images: largest number of held-out images on which k and temperature are chosen, at least 1. Of more images,
+            the same ones are drawn for every run.
 
     Raises:
         UserError: if a value is out of range.
@@ -34,15 +37,18 @@ class KNN(Measure):
     k: Sequence[int] = (1, 5, 10, 20, 50, 200)
     temperature: Sequence[float] = (0.02, 0.07, 0.2)
     class_weights: Literal["none", "balanced"] = "none"
+    k_images: int = 5000
 
     def __post_init__(self) -> None:
         require_positive("eval", k=self.k, temperature=self.temperature)
+        require_at_least("eval", 1, k_images=self.k_images)
         require_choice("eval", ("none", "balanced"), class_weights=self.class_weights)
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose k and temperature on held-out labels, then classify the test images by all training images."""
         train = inputs.train
         fitted, held_out = (train.at(part) for part in inputs.split())
+        held_out = held_out.at(fixed_sample(len(held_out.labels), self.k_images))
         numbers = [k for k in self.k if k <= len(fitted.labels)] or [len(fitted.labels)]
         similarity, position = neighbors(fitted.features, held_out.features, max(numbers), inputs.device)
         grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]
@@ -56,4 +62,4 @@ class KNN(Measure):
     def expected_seconds(self, work: Workload) -> float:
         """See :class:`Measure`."""
         held_out = int(0.2 * work.train)
-        return work.search(work.train - held_out, held_out) + work.search(work.train, work.test)
+        return work.search(work.train - held_out, min(held_out, self.k_images)) + work.search(work.train, work.test)
