@@ -1,7 +1,6 @@
-"""Metrics of embeddings and rankings, and a kNN classifier, as pure functions.
+"""Metrics of embeddings and rankings, and a kNN classifier, as pure functions without gradient, in at least fp32.
 
-Suffixes of names are shapes: N images or queries, D embedding size, M stored vectors or results. All functions compute
-without gradient and in at least fp32.
+Suffixes of names are shapes: N images or queries, D embedding size, M stored vectors or results.
 """
 
 import math
@@ -58,29 +57,30 @@ def uniformity(z: Tensor) -> float:
 
 
 @torch.no_grad()
-def effective_rank(z: Tensor) -> float:
+def effective_rank(z: Tensor, gram: Tensor | None = None) -> float:
     """RankMe: exponential of the entropy of the normalized singular values, in [1, min(N, D)].
 
     Garrido et al. 2023, arXiv:2210.02885, eq. 1, with its epsilon of 1e-7. The estimate needs at least 10 D rows. Only
-    values of runs of the same method are comparable. Above 8,192 rows (and D rows), the singular values are the square
-    roots of the eigenvalues of the Gram matrix ``[D, D]``, which is summed in float64 over blocks of rows.
+    values of runs of the same method are comparable. Of more than 8,192 (and D) rows, the Gram matrix is decomposed.
 
     Args:
         z: ``[N, D]`` embeddings, not centered.
+        gram: float64 ``[D, D]``, the Gram matrix ``z.T @ z`` if it is known already.
 
     Returns:
-        The effective rank; 0 if all embeddings are zero.
+        The rank; 0 if all embeddings are zero.
 
     Example:
         >>> round(effective_rank(torch.eye(4)), 3)
         4.0
     """
-    if len(z) > max(GRAM_ROWS, z.shape[1]):
-        # float64 does not exist on MPS.
-        parts = ((part.cpu() if part.device.type == "mps" else part).double() for part in z.split(GRAM_ROWS))
-        s = torch.linalg.eigvalsh(sum((part.T @ part for part in parts), torch.tensor(0.0))).clamp(min=0).sqrt()
-    else:
+    if gram is None and len(z) > max(GRAM_ROWS, z.shape[1]):
+        device = "cpu" if z.device.type == "mps" else z.device  # no float64 on MPS
+        gram = sum((x.T @ x for x in (part.to(device).double() for part in z.split(GRAM_ROWS))), torch.tensor(0.0))
+    if gram is None:
         s = torch.linalg.svdvals(z if z.dtype == torch.float64 else z.float())
+    else:
+        s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if float(s.sum()) == 0:
         return 0.0
     p = s / s.sum() + 1e-7

@@ -104,3 +104,12 @@ def test_the_effective_rank_does_not_depend_on_the_order_of_the_images():
     basis = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
     parts = [torch.randn(300, 2, generator=generator) @ basis[2 * c : 2 * c + 2] for c in range(8)]
     assert geometry_figures(torch.cat(parts))["effective_rank"] > 15
+
+
+def test_the_effective_rank_of_many_wide_features_is_that_of_their_singular_values():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8400, 850, generator=generator) * torch.logspace(0, -3, 850) + 0.7
+    s = torch.linalg.svdvals(features.double())
+    p = s / s.sum() + 1e-7
+    expected = float((-(p * p.log()).sum()).exp())
+    assert geometry_figures(features)["effective_rank"] == pytest.approx(expected, rel=1e-9)

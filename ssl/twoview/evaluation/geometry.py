@@ -86,10 +86,13 @@ def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) ->
         * ``diagnosis`` and ``words``: see :func:`diagnose`.
     """
     rows = features[fixed_sample(len(features), 20_000)].double()
-    centered = rows - rows.mean(0)
+    mean = rows.mean(0)
+    centered = rows - mean
     n, width = rows.shape
     deviation = centered.std(0, correction=0)
     small = centered.T @ centered if n >= width else centered @ centered.T
+    # The Gram matrix of the rows, if the effective rank is estimated from all of them.
+    gram = small + n * torch.outer(mean, mean) if metrics.GRAM_ROWS < n <= 10 * width and n >= width else None
     variances = torch.linalg.eigvalsh(small / n).flip(0).clamp(min=0)
     total, length = float(variances.sum()), float(rows.square().sum(1).mean().sqrt())
     spread = total**0.5 / length if length else 0.0
@@ -99,7 +102,7 @@ def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) ->
     found = {
         "alignment": None if pairs is None else metrics.alignment(*pairs),
         "uniformity": metrics.uniformity(few),
-        "effective_rank": metrics.effective_rank(rows[: 10 * width].float()),
+        "effective_rank": metrics.effective_rank(rows[: 10 * width].float(), gram),
         "effective_rank_rows": min(n, 10 * width),
         "feature_std": metrics.feature_std(few),
         "similarity": mean_similarity(few),
