@@ -12,7 +12,7 @@ Each index is built in a process of its own, and searched in another one that lo
 cores, searching one thread, whose seconds of the processor are measured. Memory is the resident memory after the
 search, less the one before the index is loaded; of exact search, it is that of the mapped file, which the system can
 take back. Recall@10 is that of new vectors of the same distribution against exact search. "Stored recall" is what the
-index has measured itself.
+index has measured itself, with stored vectors that it left out meanwhile.
 """
 
 import argparse

@@ -88,7 +88,7 @@ HOSTILE = [
     ("exact", without("paths"), "paths"),
     ("exact", without("kind"), "kind"),
     ("exact", plain(kind="tree"), "kind"),
-    ("exact", plain(version=2), "version 2"),
+    ("exact", plain(version=3), "version 3"),
     ("exact", plain(settings={"kind": "exact", "unknown": 1}), "unknown"),
     ("exact", plain(settings={"links": 10**9}), "links"),
     ("exact", plain(card=[]), "card"),
@@ -139,6 +139,17 @@ def test_mapped_vectors_are_aligned_as_those_in_memory(tmp_path):
 def test_a_rewritten_file_without_change_is_read(kind, files, tmp_path):
     file = rewritten(files / kind, lambda *_: None, tmp_path / "same.index")
     assert len(Index.load(file)) == 999
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw", "ivfpq"])
+def test_the_recall_of_version_1_is_measured_again(kind, files, tmp_path):
+    """It was that of vectors that were not left out of the search."""
+    file = rewritten(files / kind, plain(version=1), tmp_path / "old.index")
+    old = Index.load(file)
+    assert old.recall is None
+    assert torch.equal(old.search("0123", VECTORS[:9]).ids, Index.load(files / kind).search("0123", VECTORS[:9]).ids)
+    old.save(file)
+    assert Index.load(file).recall == Index.load(files / kind).recall
 
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw", "ivfpq"])

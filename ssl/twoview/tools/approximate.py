@@ -7,6 +7,7 @@ not used.
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch.nn import functional as F
 
 from twoview.data import fixed_sample
 from twoview.errors import require
+from twoview.tools.graph_links import check_graph, without_links_to
 from twoview.tools.index_settings import IndexSettings
 
 BLOCK = 2**18  # vectors that are converted to fp32 at once
 WIDTH = 4  # dimensions of a part of a vector that IVF-PQ stores in one byte
 TRAINED = 40  # vectors for each list from which IVF-PQ learns
+RECALL_QUERIES, LEFT_OUT = 500, 20  # the recall is measured with up to 500 vectors, and at most one in 20
 
 
 def has_faiss() -> bool:
@@ -40,6 +43,11 @@ def _faiss() -> Any:
     import faiss
 
     return faiss
+
+
+def left_out(vectors: int) -> int:
+    """Number of vectors that the recall is measured with, the first ones of :func:`twoview.data.fixed_sample`."""
+    return min(RECALL_QUERIES, vectors // LEFT_OUT)
 
 
 def create(kind: str, dim: int, vectors: int, settings: IndexSettings) -> "Hnsw | IvfPq | None":
@@ -140,6 +148,16 @@ class Hnsw:
         options = _faiss().SearchParametersHNSW(efSearch=max(self.effort, 2 * k), sel=selector)
         return torch.from_numpy(self.graph.search(_fp32(queries), k, params=options)[1])
 
+    def without(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Keep searches away from some vectors, boolean ``[N]``, as if they were not in the graph.
+
+        The vector at which searches start stays; which links the others have was chosen with all vectors.
+        """
+        faiss, graph = _faiss(), self.graph.hnsw
+        links = faiss.rev_swig_ptr(graph.neighbors.data(), graph.neighbors.size())
+        tables = (faiss.vector_to_array(array) for array in (graph.offsets, graph.cum_nneighbor_per_level))
+        return without_links_to(hidden.numpy(), links, *tables)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the graph: int32 ``[N]`` numbers of levels, int32 links, and the position at which a search starts."""
         faiss, graph = _faiss(), self.graph.hnsw
@@ -158,7 +176,7 @@ class Hnsw:
         faiss, graph = _faiss(), self.graph.hnsw
         entry, levels, links = (tensors[name].numpy() for name in ("entry", "levels", "links"))
         table = faiss.vector_to_array(graph.cum_nneighbor_per_level)  # links of a vector below each level
-        offsets = _check_graph(entry, levels, links, table, len(vectors))
+        offsets = check_graph(entry, levels, links, table, len(vectors))
         for part in _blocks(vectors):
             self.graph.storage.add(part)
         self.graph.ntotal = len(vectors)
@@ -166,34 +184,6 @@ class Hnsw:
             faiss.copy_array_to_vector(array, target)
         graph.entry_point = int(entry[0])
         graph.max_level = int(levels.max(initial=0)) - 1
-
-
-def _check_graph(entry: np.ndarray, levels: np.ndarray, links: np.ndarray, table: np.ndarray, count: int) -> np.ndarray:
-    """Refuse a graph that a search would leave; return the position of the first link of each vector, and the end."""
-    for name, array, dtype, shape in (
-        ("entry", entry, np.int64, (1,)),
-        ("levels", levels, np.int32, (count,)),
-        ("links", links, np.int32, links.shape[:1]),
-    ):
-        if array.dtype != dtype or array.shape != shape:
-            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
-    if not count:
-        raise ValueError("a graph without vectors")
-    if not 1 <= levels.min() <= levels.max() < len(table):
-        raise ValueError("a number of levels is out of range")
-    offsets = np.concatenate([[0], np.cumsum(table[levels], dtype=np.int64)]).astype(np.uint64)
-    if offsets[-1] != len(links):
-        raise ValueError(f"{len(links)} links instead of {offsets[-1]}")
-    if not -1 <= links.min() <= links.max() < count:
-        raise ValueError("a link leads to no vector")
-    if not 0 <= entry[0] < count or levels[entry[0]] != levels.max():
-        raise ValueError("the search starts at no vector of the highest level")
-    for level in range(1, int(levels.max())):  # links of a level lead to vectors that have this level
-        starts = offsets[:-1][levels > level].astype(np.int64)
-        targets = links[starts[:, None] + np.arange(table[level], table[level + 1])]
-        if (levels[targets[targets >= 0]] <= level).any():
-            raise ValueError(f"a link of level {level} leads to a vector below")
-    return offsets
 
 
 class IvfPq:
@@ -226,10 +216,13 @@ class IvfPq:
         return (*(2**i for i in range(2, 10) if 2**i < self.lists), self.lists)
 
     def add(self, vectors: Tensor) -> None:
-        """Add fp32 or fp16 ``[N, D]`` vectors. Means and codes are learned from the first vectors that are added."""
+        """Add fp32 or fp16 ``[N, D]`` vectors.
+
+        Means and codes are learned from the first vectors that are added, except those that measure the recall.
+        """
         if not self.codes.is_trained:
-            sample = fixed_sample(len(vectors), max(TRAINED * self.lists, 10_000))
-            self.codes.train(self._padded(vectors[sample]))
+            order, used = fixed_sample(len(vectors), len(vectors)), max(TRAINED * self.lists, 10_000)
+            self.codes.train(self._padded(vectors[order[left_out(len(vectors)) :][:used]]))
         for part in vectors.split(BLOCK):
             self.codes.add(self._padded(part))
 
@@ -239,6 +232,10 @@ class IvfPq:
         options = _faiss().SearchParametersIVF(nprobe=self.effort, sel=selector)
         # Codes are inexact, so that more of them are compared by their vectors afterwards.
         return torch.from_numpy(self.codes.search(self._padded(queries), max(100, 10 * k), params=options)[1])
+
+    def without(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Do nothing: lists and codes of vectors do not depend on other vectors, once the means are learned."""
+        return nullcontext()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the means of the lists, the vectors that codes stand for, and list and codes of each vector."""

@@ -58,8 +58,9 @@ class Index:
         checkpoint: hash of the weights of the network.
         card: model card of the network as plain values; empty if it is not known.
         source: file or name that the network was loaded from; empty if it is not known.
-        recall: recall of the first 10 neighbors against exact search ("value"), number of stored vectors that served as
-            queries, without themselves ("queries"), number of vectors then ("vectors"); None for "exact".
+        recall: recall of the first 10 neighbors against exact search ("value"), number of stored vectors that were left
+            out of the search and served as queries ("queries"), number of vectors then ("vectors"); None for "exact",
+            for fewer than 20 vectors, and for an index of an earlier version until it is saved again.
 
     Example:
         >>> from twoview import load
@@ -80,7 +81,8 @@ class Index:
         self.checkpoint, self.card, self.source = content.checkpoint, content.card, content.source
         self._entries, self._alive, self._next_id = content.entries, content.alive, content.next_id
         self._engine: Hnsw | IvfPq | None = None
-        self._measured = True  # whether ``recall`` is that of the current entries
+        # Whether ``recall`` is that of the current entries.
+        self._measured = self.kind == "exact" or self.recall is not None
 
     @classmethod
     def build(

@@ -15,7 +15,7 @@ from twoview.tools.entries import Entries, Texts
 from twoview.tools.index_settings import KINDS, IndexSettings
 from twoview.torch_files import hash_tensors, map_safetensors, write_safetensors
 
-VERSION = 1
+VERSION = 2  # version 1 holds the recall of vectors that were not left out of the search; it is not taken over
 BLOCK = 65_536  # vectors that are checked at once
 LONGEST = 1.01  # length of a vector of unit length in fp16, at most
 LARGEST_ID = 2**62
@@ -36,7 +36,7 @@ class StoredIndex:
         checkpoint: hash of the weights of the network that the vectors are from.
         card: its model card; empty if it is not known.
         source: file or name that it was loaded from; empty if it is not known.
-        recall: recall@10 and how it was measured; None for "exact".
+        recall: recall@10 and how it was measured; None if it was not.
         next_id: smallest id that was never given.
     """
 
@@ -112,7 +112,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _checked(plain: Any, tensors: Mapping[str, Tensor]) -> StoredIndex:
     """Check the plain values and the tensors, except for those of the search, which have own checks."""
-    if plain["version"] != VERSION:
+    if plain["version"] not in (1, VERSION):
         raise ValueError(f"version {plain['version']}; it was written by another version of twoview")
     settings, count = IndexSettings(**plain["settings"]), len(tensors["ids"])
     _check_vectors(tensors["vectors"], count, settings.half)
@@ -123,7 +123,7 @@ def _checked(plain: Any, tensors: Mapping[str, Tensor]) -> StoredIndex:
     _require(len(ids.unique()) == count, "ids")
     alive = tensors["alive"].bool() if "alive" in tensors else None
     _require(alive is None or alive.shape == (count,), "alive")
-    effort, recall = plain["effort"], plain["recall"]
+    effort, recall = plain["effort"], plain["recall"] if plain["version"] == VERSION else None
     _require(plain["kind"] in KINDS, "kind")
     _require(isinstance(effort, int) and 1 <= effort < 2**20, "effort")
     _require(all(isinstance(plain[name], str) for name in ("checkpoint", "source")), "checkpoint")
