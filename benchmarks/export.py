@@ -1,13 +1,13 @@
 """Differences between the features of exported networks and those of the encoder; prints a Markdown table.
 
     python benchmarks/export.py                       # ResNet-18 with the 3x3 stem, ViT-Tiny at 32 px, ConvNeXt-Atto
-    python benchmarks/export.py --networks resnet50:64
+    python benchmarks/export.py --networks resnet50:64 runs/DATE/TIME    # a network of timm, and that of a run
 
-Each network has random weights and, where it has BatchNorm, statistics of images of noise. It is exported in every
-format. Another process, in which twoview cannot be imported, runs the code that README.md of the folder shows, on 32
-images of noise that have the size of the network. The table has the largest difference of a feature, and the largest
-feature. For format=timm, the transform of timm and the preprocessing of the encoder are also compared on smooth images
-of 320x240 pixels, by the smallest cosine similarity of their features.
+A network of timm has random weights and, where it has BatchNorm, statistics of images of noise. Each network is
+exported in every format. Another process, in which twoview cannot be imported, runs the code that README.md of the
+folder shows, on 32 images of noise that have the size of the network. The table has the largest difference of a
+feature, and the largest feature. For format=timm, the transform of timm and the preprocessing of the encoder are also
+compared on smooth images of 320x240 pixels, by the smallest cosine similarity of their features.
 """
 
 import argparse
@@ -57,8 +57,11 @@ torch.save(found, result)
 """
 
 
-def make_encoder(name: str, size: int) -> twoview.Encoder:
-    """Return a network with random weights that all take part, and with the normalization of a run."""
+def make_encoder(network: str) -> twoview.Encoder:
+    """Return the network of a run; or a random one whose weights all take part, with the normalization of a run."""
+    if Path(network).exists():
+        return twoview.load(network)
+    name, size = network.split(":")[0], int(network.split(":")[1])
     encoder = twoview.load(f"random:{name}", size)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -111,16 +114,17 @@ def transform_similarity(encoder: twoview.Encoder, folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="NAME:PIXELS each")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="NAME:PIXELS or RUN each")
     parser.add_argument("--json", help="file for the table")
     given = parser.parse_args()
     provenance, rows = begin("Exported networks", "", ("onnx", "onnxruntime"), columns=COLUMNS), []
     with tempfile.TemporaryDirectory() as temporary:
-        for name, size in (network.split(":") for network in given.networks):
-            encoder = make_encoder(name, int(size))
+        for number, network in enumerate(given.networks):
+            encoder = make_encoder(network)
             for form, place in FORMS:
-                row = measure(encoder, form, place, Path(temporary) / f"{name}_{form}_{place}")
-                row["cosine"] = transform_similarity(encoder, Path(temporary) / name) if form == "timm" else None
+                folder = Path(temporary) / f"{number}_{form}_{place}"
+                row = measure(encoder, form, place, folder)
+                row["cosine"] = transform_similarity(encoder, folder) if form == "timm" else None
                 rows.append(row)
                 cells = [row["network"], form, place, f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.1f}"]
                 cells += [f"{row['difference']:.1e}", f"{row['largest']:.2f}"]
