@@ -9,7 +9,7 @@ import torch
 import twoview
 from twoview.data import TensorImages
 from twoview.errors import UserError
-from twoview.tools import Index, IndexSettings
+from twoview.tools import Index, IndexSettings, incoming
 from twoview.tools.embedding_file import Embeddings
 from twoview.tools.incoming import as_embeddings
 
@@ -224,6 +224,20 @@ def test_another_network_is_refused(encoder):
         with pytest.raises(UserError, match=index.checkpoint):
             attempt()
     assert len(index) == 2
+
+
+def test_weights_are_hashed_once_for_a_search_and_again_for_the_next(encoder, monkeypatch):
+    pixels, calls = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), []
+    index = Index.build(encoder, pixels)
+    hashed = incoming.hash_tensors
+    monkeypatch.setattr(incoming, "hash_tensors", lambda tensors: calls.append(1) or hashed(tensors))
+    same = twoview.load("random:test_resnet", image_size=32)
+    index.search(same, pixels)
+    index.add(same, pixels)
+    assert len(calls) == 2
+    next(same.network.parameters()).data[0] += 1
+    with pytest.raises(UserError, match="its weights have the hash"):
+        index.search(same, pixels)
 
 
 def test_embeddings_of_another_preprocessing_are_refused(encoder):

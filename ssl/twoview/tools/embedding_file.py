@@ -37,7 +37,7 @@ VERSION, PLAN, BROKEN, MAP = b"twoview.version", b"twoview.plan", b"twoview.brok
 SOURCE = b"twoview.source"
 TEXTS = (CHECKPOINT, SOURCE, VERSION, MAP)  # the other values are JSON
 PRECISIONS = {"fp32": "float", "fp16": "halffloat"}  # names of the types in Arrow
-MAX_WIDTH = 2**17  # largest number of features that is read
+MAX_WIDTH = 2**17  # largest number of features that is read, also by an index
 MAX_TEXT = 2**15  # largest size of a path or a label in bytes
 
 

@@ -25,13 +25,14 @@ def checkpoint_of(encoder: Encoder | str) -> str:
     return encoder if isinstance(encoder, str) else hash_tensors(encoder.network.state_dict())
 
 
-def as_embeddings(encoder: Encoder | str | None, source: Source) -> Embeddings:
+def as_embeddings(encoder: Encoder | str | None, source: Source, checkpoint: str | None = None) -> Embeddings:
     """Compute or read embeddings, and check them.
 
     Args:
         encoder: the network; or the hash of its weights, for vectors; or None for embeddings that hold this hash.
         source: path of a Parquet file of embeddings; :class:`Embeddings`; floating point vectors ``[N, D]``; or images
             in any form that :class:`twoview.Encoder` takes.
+        checkpoint: result of :func:`checkpoint_of` for the encoder if it is known already, else None.
 
     Returns:
         Finite embeddings of at least one dimension.
@@ -44,13 +45,13 @@ def as_embeddings(encoder: Encoder | str | None, source: Source) -> Embeddings:
     if isinstance(source, Embeddings):
         stored = source.metadata.get("checkpoint")
         require(stored and isinstance(stored, str), "embeddings: do not name their checkpoint; embed the images again")
-        given = stored if encoder is None else checkpoint_of(encoder)
+        given = stored if encoder is None else checkpoint or checkpoint_of(encoder)
         message = f"its weights have the hash {given}, the embeddings are of {stored}; embed the images again"
         require(given == stored, f"encoder: {message}")
     elif encoder is None:
         raise UserError("encoder=None: give the encoder of these images or vectors")
     else:
-        source = _computed(encoder, source)
+        source = _computed(encoder, source, checkpoint or checkpoint_of(encoder))
     vectors = source.vectors
     fits = vectors.ndim == 2 and vectors.shape[1] and vectors.is_floating_point()
     require(fits, f"vectors: give floating point numbers [N, D], not {vectors.dtype} {list(vectors.shape)}")
@@ -125,7 +126,7 @@ def _preprocessing(card: dict[str, Any], source: str) -> dict[str, Any]:
     return {**sizes, "resize_size": known.resize_size or known.image_size, **statistics}
 
 
-def _computed(encoder: Encoder | str, source: Any) -> Embeddings:
+def _computed(encoder: Encoder | str, source: Any, checkpoint: str) -> Embeddings:
     """Embeddings of images or vectors, numbered from 0."""
     vectors, paths, labels = source, None, None
     if not (isinstance(source, Tensor) and source.is_floating_point()):
@@ -144,15 +145,15 @@ def _computed(encoder: Encoder | str, source: Any) -> Embeddings:
         labels = [None if label < 0 else str(label) for label in source.labels[kept].tolist()]
     count = len(vectors)
     paths, labels = paths or [""] * count, labels or [None] * count
-    return Embeddings(paths, torch.arange(count), labels, vectors, _metadata(encoder))
+    return Embeddings(paths, torch.arange(count), labels, vectors, _metadata(encoder, checkpoint))
 
 
-def _metadata(encoder: Encoder | str) -> dict[str, Any]:
+def _metadata(encoder: Encoder | str, checkpoint: str) -> dict[str, Any]:
     """Metadata of embeddings; of a hash, nothing else is known."""
     if isinstance(encoder, str):
-        return {"checkpoint": encoder}
+        return {"checkpoint": checkpoint}
     facts = {"card": asdict(encoder.card), "preprocessing": encoder.preprocess.plain, "source": encoder.location}
-    return {"checkpoint": checkpoint_of(encoder), **facts}
+    return {"checkpoint": checkpoint, **facts}
 
 
 def _with_statistics(card: dict[str, Any]) -> dict[str, Any]:

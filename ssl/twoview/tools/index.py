@@ -270,13 +270,14 @@ class Index:
 
     def _of_this_network(self, encoder: Encoder | str | None, source: Source) -> Embeddings:
         """Embeddings of the network of the index, with its preprocessing."""
-        if encoder is not None:
-            given, advice = checkpoint_of(encoder), "give that encoder, or build another index of this one"
+        given = None if encoder is None else checkpoint_of(encoder)
+        if given is not None:
+            advice = "give that encoder, or build another index of this one"
             message = f"its weights have the hash {given}, those of the index {self.checkpoint}; {advice}"
             require(given == self.checkpoint, f"encoder: {message}")
         if isinstance(encoder, Encoder):
             encoder = with_preprocessing(encoder, self.card, "index")
-        found = as_embeddings(encoder, source)
+        found = as_embeddings(encoder, source, given)
         theirs = found.metadata["checkpoint"]
         message = f"are of {theirs}, the index is of {self.checkpoint}; embed the images by the same encoder"
         require(theirs == self.checkpoint, f"vectors: {message}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twoview.errors import UserError
+from twoview.tools.embedding_file import MAX_WIDTH
 from twoview.tools.entries import Entries, Texts
 from twoview.tools.index_settings import KINDS, IndexSettings
 from twoview.torch_files import hash_tensors, map_safetensors, write_safetensors
@@ -19,7 +20,6 @@ VERSION = 2  # version 1 holds the recall of vectors that were not left out of t
 BLOCK = 65_536  # vectors that are checked at once
 LONGEST = 1.01  # length of a vector of unit length in fp16, at most
 LARGEST_ID = 2**62
-MAX_DIM = 2**17  # faiss allocates memory for each dimension, also without vectors
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def _require(fits: bool, name: str) -> None:
 def _check_vectors(vectors: Tensor, count: int, half: bool) -> None:
     dtype = torch.float16 if half else torch.float32
     _require(vectors.dtype == dtype and vectors.ndim == 2 and len(vectors) == count, "vectors")
-    _require(0 < vectors.shape[1] <= MAX_DIM, "the number of dimensions")
+    # faiss allocates memory for each dimension, also without vectors.
+    _require(0 < vectors.shape[1] <= MAX_WIDTH, "the number of dimensions")
     for part in vectors.split(BLOCK):
         length = torch.linalg.vector_norm(part.float(), dim=1)
         # A comparison with NaN is false.
