@@ -1,5 +1,6 @@
 """Exceptions that are shown to users without a traceback, and checks that raise them."""
 
+import shlex
 from collections.abc import Sequence
 
 
@@ -18,8 +19,8 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         if message.startswith("Caught "):  # a DataLoader adds the traceback of its process to the message
             message = message.rpartition("UserError: ")[2]
-        # Messages of other libraries have several lines, names of files any character.
-        line = " ".join(message.split())
+        # Messages of other libraries have several lines, names of files any character, such as two spaces.
+        line = " ".join(filter(None, map(str.strip, message.splitlines())))
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
@@ -77,6 +78,16 @@ def require_positive(group: str, **knobs: Sequence[float]) -> None:
     for knob, values in knobs.items():
         positive = values and all(isinstance(v, int | float) and v > 0 for v in values)
         require(positive, f"{group}.{knob}={list(values)}: give one or more numbers above 0")
+
+
+def continue_with(run_dir: object) -> str:
+    """Return the advice how a stopped run is resumed, with its folder quoted for a shell.
+
+    Example:
+        >>> print(continue_with("runs/a"), continue_with("my runs/a"), sep="; ")
+        continue with resume=runs/a; continue with 'resume=my runs/a'
+    """
+    return f"continue with {shlex.quote(f'resume={run_dir}')}"
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)

@@ -9,7 +9,7 @@ from commands import ROOT, train
 from hostile_runs import run
 from hydra.core.global_hydra import GlobalHydra
 
-from twoview.cli.overrides import CONF, check_overrides, quoted
+from twoview.cli.overrides import CONF, check_overrides, quoted, typed
 from twoview.errors import UserError
 
 MISTAKES = {
@@ -59,12 +59,44 @@ def test_a_mistake_is_answered_with_one_sentence(mistake, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["/x/München", "a(1)", "it's", "a b", "C:\\pictures\\", "{x", "[y", 'say "hi"', "x=y", "$HOME", "back\\'s"]
+    "value",
+    [
+        *("/x/München", "a(1)", "it's", "a b", "C:\\pictures\\", "{x", "[y", 'say "hi"', "x=y", "$HOME", "back\\'s"),
+        *(
+            "/x/a, b",
+            "./a,b",
+            "../a, (b), c ",
+            "~/x\\,y",
+            "/x/{a},[b]",
+            "/x/Blüten, rot  (2024)",
+            "/a'b\\\\c,d",
+            "/1,2",
+        ),
+    ],
 )
-def test_plain_paths_need_no_quotes(value, tmp_path):
+def test_plain_paths_need_no_quotes(value):
+    override = quoted(f"data.root={value}")
+    (typed_again,) = shlex.split(typed(override))
+    for text in (override, quoted(typed_again)):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            assert hydra.compose("config", ["data=cifar10", text]).data.root == value
+
+
+def test_a_comma_in_the_name_of_a_file_is_no_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b").mkdir()
+    assert quoted("data.root=a, b") == "data.root='a, b'"
+    assert quoted("data.root=a, c") == "data.root=a, c"
+    for text in ("data.root=a, b", "data.root=/a,/b"):
+        assert quoted(text, sweep=True) == text
+
+
+def test_a_list_of_values_names_the_quotes_for_a_single_one():
+    with pytest.raises(UserError) as refused:
+        check_overrides(["data=folder", quoted("data.root=a, c")])
+    (word,) = shlex.split(re.search("or write (.*) for a single value", str(refused.value))[1])
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config", ["data=cifar10", quoted(f"data.root={value}")])
-    assert cfg.data.root == value
+        assert hydra.compose("config", ["data=folder", quoted(word)]).data.root == "a, c"
 
 
 def test_valid_overrides_are_left_alone():

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from hydra._internal import utils as hydra_internals
 
-from twoview.errors import UserError
+from twoview.errors import UserError, continue_with
 
 _FOLDER = "choose another folder as hydra.run.dir=FOLDER"
 _ADVICE = {
@@ -50,7 +50,7 @@ def system_error(error: BaseException, folder: str | None = None) -> UserError |
         from twoview.loading import LAST
 
         saved = (Path(folder) / "checkpoints" / LAST).is_file()
-        parts.append(f"continue with resume={folder}" if saved else "no checkpoint had been written")
+        parts.append(continue_with(folder) if saved else "no checkpoint had been written")
     return UserError("; ".join(parts))
 
 

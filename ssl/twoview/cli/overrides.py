@@ -1,7 +1,10 @@
 """Quoting of command-line overrides, and checks with suggestions before torch is imported."""
 
+import contextlib
 import difflib
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,19 +39,40 @@ _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
 
 
-def quoted(argument: str) -> str:
-    """Quote the value of ``key=value`` where Hydra's grammar cannot parse it.
+def quoted(argument: str, sweep: bool = False) -> str:
+    """Quote the value of ``key=value`` where Hydra's grammar cannot parse it, or would parse a path as something else.
 
-    >>> quoted("data.root=/x/München"), quoted("seed=1")
-    ("data.root='/x/München'", 'seed=1')
+    Args:
+        argument: argument of the command line.
+        sweep: whether the command is a sweep, in which a comma separates values.
+
+    >>> quoted("data.root=/x/München"), quoted("data.root=/x/a, b"), quoted("seed=1")
+    ("data.root='/x/München'", "data.root='/x/a, b'", 'seed=1')
     """
-    try:
-        OverridesParser.create().parse_override(argument)
-    except HydraException:
-        if match := re.fullmatch(r"([~+]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL):
-            value = match[2].replace("\\", "\\\\").replace("'", "\\'")
-            return f"{match[1]}='{value}'"
-    return argument
+    match = re.fullmatch(r"([~+]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL)
+    if match is None:
+        return argument
+    with contextlib.suppress(HydraException):
+        override = OverridesParser.create().parse_override(argument)
+        changed = override.is_sweep_override() or (isinstance(override.value(), str) and override.value() != match[2])
+        is_path = match[2].startswith(("/", "./", "../", "~/")) or os.path.exists(match[2])
+        if sweep or not changed or not is_path:
+            return argument
+    # In quotes, Hydra reads backslashes as they are, except those before a quote.
+    value = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), match[2])
+    return f"{match[1]}='{value}'"
+
+
+def typed(override: str) -> str:
+    """Return an override as it can be typed in a shell, without quotes that :func:`quoted` adds.
+
+    >>> print(typed("data.root='/x/München'"), typed("data.root='/x/a'"), typed("seed=1"))
+    'data.root=/x/München' data.root=/x/a seed=1
+    """
+    value, parser = OverridesParser.create().parse_override(override).value(), OverridesParser.create()
+    plain = f"{override.partition('=')[0]}={value}"
+    same = isinstance(value, str) and parser.parse_override(quoted(plain)).value() == value
+    return shlex.quote(plain if same else override)
 
 
 def value_of(key: str, overrides: Iterable[str]) -> str | None:
@@ -89,7 +113,8 @@ def check_overrides(overrides: list[str], sweep: bool = False) -> list[str]:
         once = text == before or text.startswith("hydra.")
         require(once, f"{before} {text}: {override.key_or_group} is given twice; leave one of them out")
         if override.is_sweep_override():
-            require(sweep, f"{text}: several values are a sweep; add -m, or quote the value if it is a single one")
+            single = shlex.quote(f'{override.key_or_group}="{text.partition("=")[2]}"')
+            require(sweep, f"{text}: several values are a sweep; add -m, or write {single} for a single value")
             if not override.is_discrete_sweep():
                 continue
             key = override.get_key_element()

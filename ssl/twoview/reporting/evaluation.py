@@ -6,7 +6,7 @@ from typing import Any
 from twoview.augment import TwoViews
 from twoview.data import ImageData
 from twoview.encoder import Encoder
-from twoview.errors import Interrupted
+from twoview.errors import Interrupted, continue_with
 from twoview.evaluation.evaluate import evaluate
 from twoview.evaluation.progress import shown_by
 from twoview.evaluation.settings import EvaluationSettings
@@ -38,7 +38,7 @@ def evaluate_and_write(
         UserError: see :func:`twoview.evaluation.evaluate.evaluate`.
     """
     run_dir, task = Path(report["run_dir"]), report["task"]
-    advice = f"continue with resume={run_dir}" if task == "pretrain" else "repeat the command to complete it"
+    advice = continue_with(run_dir) if task == "pretrain" else "repeat the command to complete it"
     try:
         with shown_by(EvaluationBar()):
             found, evidence = evaluate(encoder, images, views, settings, report["seed"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from twoview.errors import UserError, require
+from twoview.errors import UserError, continue_with, require
 from twoview.files import write_atomically
 from twoview.loading import LAST, read_checkpoint
 
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_atomically(path, lambda file: torch.save(checkpoint, file), previous)
         except OSError as error:
             message = f"{path} could not be written ({error.strerror}); earlier checkpoints are unchanged"
-            advice = f"free disk space or make the folder writable, and continue with resume={path.parent.parent}"
+            advice = f"free disk space or make the folder writable, and {continue_with(path.parent.parent)}"
             raise UserError(f"{message}: {advice}") from error
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from twoview.errors import UserError
+from twoview.errors import UserError, continue_with
 from twoview.loading import LAST
 
 # Texts of gloo, NCCL and the store that processes meet at.
@@ -63,7 +63,7 @@ class Ranks:
 
     def _sentence(self, lost: str) -> UserError:
         saved = (self.run_dir / "checkpoints" / LAST).is_file()
-        what = f"continue with resume={self.run_dir}" if saved else "no checkpoint had been written"
+        what = continue_with(self.run_dir) if saved else "no checkpoint had been written"
         return UserError(f"{lost}; the other processes were ended; {what}")
 
     def _lost(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from twoview.errors import Interrupted
+from twoview.errors import Interrupted, continue_with
 from twoview.training.callbacks.save_checkpoints import SaveCheckpoints
 from twoview.training.lightning_internals import flush_step_metrics
 
@@ -64,7 +64,7 @@ class SignalHandler(L.Callback):
         earlier = self.before.get(received)
         if callable(earlier) and received not in (signal.SIGINT, signal.SIGTERM):
             earlier(received, None)
-        saved = f"saved after step {trainer.global_step}; continue with resume={self.save.folder.parent}"
+        saved = f"saved after step {trainer.global_step}; {continue_with(self.save.folder.parent)}"
         code = 130 if received == signal.SIGINT else 143
         raise Interrupted(f"{signal.Signals(received).name}: {saved}", code)
 
@@ -84,5 +84,5 @@ class SignalHandler(L.Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt(f"stopped at once; continue with resume={self.save.folder.parent}")
+            raise KeyboardInterrupt(f"stopped at once; {continue_with(self.save.folder.parent)}")
         self.received = number
