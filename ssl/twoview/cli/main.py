@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoview.cli import sweeps
 from twoview.cli.failures import propagated, system_error, watched_output
-from twoview.cli.overrides import CONF, check_overrides, quoted, without
+from twoview.cli.overrides import CONF, check_overrides, quoted, typed, without
+from twoview.cli.own_folder import take_own_folder
 from twoview.cli.resume import common_folder, resolve_resume, training_knobs
 from twoview.cli.stored import OVERRIDES, dump_overrides
 from twoview.errors import Interrupted, UserError, require
@@ -64,10 +65,12 @@ def main() -> None:
 def _command() -> None:
     arguments = [a for a in sys.argv[1:] if a not in ("-v", "--verbose")]
     verbose = [_VERBOSE] if len(arguments) < len(sys.argv[1:]) else []
-    flags = [a for a in arguments if a.startswith("-")]
-    overrides = [quoted(a) for a in arguments if not a.startswith("-")]
     sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
     try:
+        own_folder, arguments = take_own_folder(arguments)
+        flags = [a for a in arguments if a.startswith("-")]
+        arguments = [a if a.startswith("-") else quoted(a, sweep) for a in arguments]
+        overrides = [a for a in arguments if not a.startswith("-")]
         for flag in (a for a in get_args_parser().parse_known_args(arguments)[1] if a.startswith("-")):
             raise UserError(
                 f"{flag}: there is no such option; write {flag.lstrip('-')}{'' if '=' in flag else '=VALUE'}"
@@ -76,7 +79,7 @@ def _command() -> None:
         # With other flags, Hydra starts no run: help, printed configuration, shell completion.
         if sweep or not flags:
             arguments = [*flags, *check_overrides(overrides, sweep), *common_folder(overrides, sweep)]
-        sys.argv[1:] = [*arguments, *verbose]
+        sys.argv[1:] = [*own_folder, *arguments, *verbose]
         if "hydra/sweeper=optuna" in overrides:
             given = {o.partition("=")[0] for o in overrides}
             sys.argv += [o for o in _OPTUNA if not {o.partition("=")[0], "hydra/sweeper/sampler"} & given]
@@ -215,9 +218,9 @@ def _print_report(report: Mapping[str, Any]) -> None:
         # task=evaluate uses eval=full, which has all knobs of eval=default but not those of other choices.
         kinds = ("data.", "seed=", *(["eval."] if choices["eval"] == "default" else []))
         same = [o for o in given if o.startswith(kinds) and o.split("=")[0] not in _PRETRAIN_ONLY]
-        words = ["task=evaluate", f"data={choices['data']}", *same, f"checkpoint={folder}"]
-        program = "python train.py" if Path(sys.argv[0]).name == "train.py" else "twoview"
-        print(f"more:   {program} {shlex.join(words)}")
+        words = ["task=evaluate", f"data={choices['data']}", *same, quoted(f"checkpoint={folder}")]
+        program = ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["twoview"]
+        print(f"more:   {shlex.join(program)} {' '.join(map(typed, words))}")
 
 
 def _user_error(error: BaseException, folder: str | None = None) -> UserError | None:

@@ -52,7 +52,14 @@ def run_ranks() -> Mapping[str, Any]:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     verbosity = [o for o in job.overrides.hydra if "job_logging" in o]
-    arguments = [*job.overrides.task, *verbosity, quoted(f"resume.run={folder}"), quoted(f"hydra.run.dir={folder}")]
+    own_folder = [f"--config-dir={s.path}" for s in job.runtime.config_sources if s.provider == "command-line"][:1]
+    arguments = [
+        *own_folder,
+        *job.overrides.task,
+        *verbosity,
+        quoted(f"resume.run={folder}"),
+        quoted(f"hydra.run.dir={folder}"),
+    ]
     process = subprocess.Popen([sys.executable, "-m", "twoview", *arguments], stderr=subprocess.PIPE, text=True)
     received: list[int] = []
 
