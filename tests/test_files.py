@@ -1,10 +1,12 @@
 """Files are replaced whole or not at all."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from twoview.files import write_atomically
+from twoview.files import remove_unfinished, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,26 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="file"):
         write_atomically(tmp_path / "file" / "below", "text")
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_only_what_dead_processes_left_for_the_same_path_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    dead = [f"a [1].{ended.pid}.tmp", f"a [1].{running.pid}.tmp"]
+    others = [f"b.{ended.pid}.tmp", f"a 1.{ended.pid}.tmp", "a [1].tmp", "a [1].x.tmp", f"a [1].{10**30}.tmp"]
+    others += [f"a [1].{ended.pid}.tmp.old", f"x a [1].{ended.pid}.tmp"]
+    for name in (*dead, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("text")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"a [1].{ended.pid + 10**7}.tmp").symlink_to(tmp_path / "elsewhere")  # above the largest id
+    remove_unfinished(tmp_path / "a [1]")
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == {"elsewhere", f"a [1].{ended.pid + 10**7}.tmp", dead[1], *others}
+    running.communicate(b"\n")
+    (tmp_path / f"c.{ended.pid}.tmp").write_text("part of a file")
+    remove_unfinished(tmp_path / "a [1]")
+    remove_unfinished(tmp_path / "c")
+    remove_unfinished(tmp_path / "no folder" / "c")
+    assert {entry.name for entry in tmp_path.iterdir()} == left - {dead[1]}

@@ -108,6 +108,40 @@ def remove_left_over(*folders: Path, seconds: float = 0, prefix: str = "") -> No
                 file.unlink()
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes of this machine have left beside a path that they were writing.
+
+    These are the temporary files of :func:`write_atomically` and folders of :func:`write_folder_atomically` for this
+    path. Those of processes that still run are kept.
+
+    Args:
+        path: path of the file or folder that is going to be written.
+    """
+    try:
+        entries = list(path.parent.iterdir()) if os.name == "posix" else []
+    except OSError:
+        return
+    for entry in entries:
+        found = re.fullmatch(re.escape(path.name) + r"\.(\d+)\.tmp", entry.name)
+        if found is None or _may_be_running(int(found[1])) or entry.is_symlink():
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+def _may_be_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends no signal
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, *below: Path) -> Iterator[None]:
     """Lock a folder against other processes, if fcntl exists, and remove temporary files of killed writes.
@@ -191,7 +225,8 @@ def write_folder_atomically(path: Path) -> Iterator[Path]:
     """Yield a new folder beside ``path``, and rename it to ``path`` once the block has ended without an exception.
 
     Files in it are written by :func:`write_atomically`, which syncs them. A folder at ``path`` is replaced with all
-    that is in it: by one exchange of the two names on Linux, elsewhere by two renames.
+    that is in it: by one exchange of the two names on Linux, elsewhere by two renames. Folders that killed processes
+    have left are removed before.
 
     Args:
         path: path of the folder; missing parent folders are created.
@@ -202,6 +237,7 @@ def write_folder_atomically(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this id
+        remove_unfinished(path)
         temporary.mkdir(parents=True)
         yield temporary
         if not _exchange(temporary, path):

@@ -1,6 +1,8 @@
 """Export: the features in another process without twoview, hostile folders, and what is replaced."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,6 +232,19 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError, match="half written"):
         fail()
     assert contents(tmp_path) == {Path("parent/out/text"): b"second"}
+
+
+def test_the_next_export_removes_what_a_killed_one_left(tmp_path):
+    encoder = make_encoder()
+    encoder.network.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if not child:
+        export(encoder, tmp_path / "a")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"a.{child}.tmp"]
+    export(make_encoder(), tmp_path / "a")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 WRONG = [

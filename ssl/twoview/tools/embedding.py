@@ -17,7 +17,7 @@ from twoview import __version__
 from twoview.data import ImageData, Images, LazyImages, TensorImages
 from twoview.encoder import Encoder
 from twoview.errors import require
-from twoview.files import exclusive
+from twoview.files import exclusive, remove_unfinished
 from twoview.loading import load
 from twoview.tools import embedding_columns, embedding_file
 from twoview.tools.embedding_parts import Parts, Plan, check_broken, write_table
@@ -134,6 +134,7 @@ def _run(job: Job, to: Path, update: bool, rerun: bool, devices: int) -> Embedde
     log.info(message, f"{parts.plan.images:,}", parts.folder)
     with exclusive(parts.folder) if rank == 0 else contextlib.nullcontext(), _group(world) as wait:
         if rank == 0:
+            remove_unfinished(to)
             if rerun:
                 parts.discard()
             parts.begin()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twoview.errors import UserError
 from twoview.tools.embedding_file import MAX_WIDTH
+from twoview.files import remove_unfinished
 from twoview.tools.entries import Entries, Texts
 from twoview.tools.index_settings import KINDS, IndexSettings
 from twoview.torch_files import hash_tensors, map_safetensors, write_safetensors
@@ -75,6 +76,7 @@ def write_index(path: Path, stored: StoredIndex) -> None:
     plain = {f.name: getattr(stored, f.name) for f in fields(stored) if f.name not in ("entries", "alive", "found_by")}
     plain |= {"version": VERSION, "settings": asdict(stored.settings)}
     text = json.dumps(plain, default=str)
+    remove_unfinished(path)
     write_safetensors(path, tensors, {"twoview.index": text, "checksum": _checksum(text, tensors)})
 
 
