@@ -85,7 +85,12 @@ def list_images(roots: Places, knob: str) -> Split:
         elif where.is_file() and where.suffix.lower() in (".txt", ".csv"):
             found, labels = read_list(where, knob)
         else:
-            raise UserError(f"{knob}={root}: there is no such folder, nor .txt or .csv file")
+            message = "there is no such folder, nor .txt or .csv file"
+            if where.exists():
+                message = "is neither a folder nor a .txt or .csv list of files; give its folder"
+            elif str(root).startswith("["):
+                message += f'; quote each path of a list, as in {knob}=["A","B"]'
+            raise UserError(f"{knob}={root}: {message}")
         paths += found
         names += labels
     return Split(Paths(paths), names)

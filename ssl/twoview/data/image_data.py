@@ -73,7 +73,8 @@ class ImageData:
             UserError: if there are no labeled images.
         """
         if self.train is None or self.test is None:
-            raise UserError(f"data: {self.name} has no labels to fit and test a probe with; give labelled images")
+            advice = "give folders of classes, or a .csv list with the column label, as data.root or data.eval_root"
+            raise UserError(f"data: {self.name} has no labels to fit and test a probe with; {advice}")
         return self.train, self.test
 
     @property
