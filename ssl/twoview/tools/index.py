@@ -179,6 +179,12 @@ class Index:
         """Ids of all entries, int64 ``[N]``, in the order in which they were added."""
         return self._entries.ids if self._alive is None else self._entries.ids[self._alive]
 
+    @property
+    def paths(self) -> Texts:
+        """Paths of all entries in the same order, empty where unknown."""
+        paths = self._entries.paths
+        return paths if self._alive is None else paths.where(self._alive.numpy())
+
     def add(self, encoder: Encoder | str | None, source: Source, ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Add entries; the result is that of an index built from all entries.
 

@@ -86,8 +86,8 @@ def search(
     """
     require(isinstance(k, int) and k >= 1, f"k={k}: give a whole number, at least 1")
     files = _query_files(query)
-    opened = _open(index)
-    encoder = with_preprocessing(_encoder(opened, index, checkpoint), opened.card, f"{index}")
+    opened = open_index(index)
+    encoder = network_of_index(opened, index, checkpoint)
     kept, vectors = _vectors_of(files, encoder.to(pick_device()))
     found = opened.search(opened.checkpoint, vectors, k)
     path = Path(run_dir) / "search.csv"
@@ -100,6 +100,46 @@ def search(
     _show(kept, found)
     log.info("search: %d of %d queries are shown, all are in %s", min(SHOWN, len(kept)), len(kept), path)
     return path
+
+
+def open_index(index: str | Path) -> Index:
+    """Open an index.
+
+    Args:
+        index: file of an index; or a ``.parquet`` file of embeddings, which is searched exactly.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read.
+    """
+    path = Path(str(index)).expanduser()
+    require(path.is_file(), f"index={index}: there is no such file; build one with task=index")
+    return Index.build(None, path, IndexSettings("exact")) if path.suffix == ".parquet" else Index.load(path)
+
+
+def network_of_index(opened: Index, index: str | Path, checkpoint: str | Path | None) -> Encoder:
+    """Load the network of an index, with the preprocessing of the images of the index.
+
+    Of what the index names, only a local file is loaded; nothing is downloaded.
+
+    Args:
+        opened: the index.
+        index: file of the index, for messages.
+        checkpoint: a source for :func:`twoview.load`; None for the file that the index names.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is not that of the index.
+    """
+    if checkpoint is None:
+        named = opened.source
+        message = f"the index names the checkpoint {named or '(none)'}, which is no file here; give checkpoint="
+        require(named and Path(named).exists(), f"index={index}: {message}")
+    source = opened.source if checkpoint is None else checkpoint
+    encoder = load(source)
+    given = checkpoint_of(encoder)
+    message = f"its weights have the hash {given}, those of index={index} {opened.checkpoint}"
+    advice = "give the checkpoint of the index, or embed the images with this one and build another index"
+    require(given == opened.checkpoint, f"checkpoint={source}: {message}; {advice}")
+    return with_preprocessing(encoder, opened.card, f"{index}")
 
 
 def _check_place(to: Path, embeddings: Path) -> None:
@@ -124,27 +164,6 @@ def _query_files(query: str | Path) -> Sequence[str]:
         return [str(path)]
     require(path.exists(), f"query={query}: there is no such image or folder")
     return [str(file) for file in list_images(str(path), "query").source]
-
-
-def _open(index: str | Path) -> Index:
-    path = Path(str(index)).expanduser()
-    require(path.is_file(), f"index={index}: there is no such file; build one with task=index")
-    return Index.build(None, path, IndexSettings("exact")) if path.suffix == ".parquet" else Index.load(path)
-
-
-def _encoder(opened: Index, index: str | Path, checkpoint: str | Path | None) -> Encoder:
-    """Load the network of an index. Of what the index names, only a local file is loaded; nothing is downloaded."""
-    if checkpoint is None:
-        named = opened.source
-        message = f"the index names the checkpoint {named or '(none)'}, which is no file here; give checkpoint="
-        require(named and Path(named).exists(), f"index={index}: {message}")
-    source = opened.source if checkpoint is None else checkpoint
-    encoder = load(source)
-    given = checkpoint_of(encoder)
-    message = f"its weights have the hash {given}, those of index={index} {opened.checkpoint}"
-    advice = "give the checkpoint of the index, or embed the images with this one and build another index"
-    require(given == opened.checkpoint, f"checkpoint={source}: {message}; {advice}")
-    return encoder
 
 
 def _vectors_of(files: Sequence[str], encoder: Encoder) -> tuple[list[str], Tensor]:
