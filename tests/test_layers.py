@@ -25,7 +25,7 @@ LAYERS = {
     "training": {"training"},
     "evaluation": {"evaluation"},
     "reporting": {"reporting"},
-    "tools": {"tools"},
+    "tools": {"tools", "serving"},
     "API": {"runs"},
     "edge": {"cli", "__main__"},
 }
@@ -53,8 +53,9 @@ LIBRARIES = {
     "reporting": {"torch", "numpy", "sklearn", "PIL", "rich", "safetensors", "matplotlib", "jinja2", "umap"},
     "tools": {
         *("torch", "numpy", "PIL", "sklearn", "umap"),
-        *("onnx", "onnxruntime", "faiss", "pyarrow", "fastapi", "safetensors"),
+        *("onnx", "onnxruntime", "faiss", "pyarrow", "safetensors"),
     },
+    "serving": {"torch", "PIL", "fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart"},
     "cli": {"hydra", "omegaconf", "rich", "torch"},
     "__main__": set(),
     "__init__": set(),

@@ -6,10 +6,12 @@ from typing import Any
 _MODULES = {
     "Index": "twoview.tools.index",
     "IndexSettings": "twoview.tools.index_settings",
+    "ServeSettings": "twoview.serving.settings",
     "embed": "twoview.tools.embedding",
     "export": "twoview.tools.exporting",
     "find_duplicates": "twoview.tools.near_duplicates",
     "read_embeddings": "twoview.tools.embedding_file",
+    "serve": "twoview.serving.server",
 }
 __all__ = [*_MODULES]
 
