@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from checkpoints import save_checkpoint
 from commands import ROOT, train
 from PIL import Image
 
@@ -20,14 +20,6 @@ from twoview.errors import UserError
 from twoview.tools import Index
 from twoview.tools.searching import build_index, search
 from twoview.torch_files import hash_tensors
-
-
-def save_checkpoint(path, seed):
-    """A checkpoint of a random network, in the form of a run's."""
-    encoder = twoview.load("random:test_resnet", image_size=32, seed=seed).with_card(mean=(0.4,) * 3, std=(0.2,) * 3)
-    tensors = {f"method.backbone.{name}": value for name, value in encoder.network.state_dict().items()}
-    torch.save({"twoview": asdict(encoder.card), "state_dict": tensors}, path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from twoview.serving.settings import MAX_K, ServeSettings
 from twoview.serving.uploads import Slots, Uploads, busy
 
 PAGE = Path(__file__).parent / "page"
-TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
 class Service:
@@ -86,7 +86,7 @@ class Service:
         Raises:
             HTTPException: 404 if there is none.
         """
-        rows = (self.ids == number).nonzero().flatten().tolist()
+        rows = (self.ids == number).nonzero().flatten().tolist() if number < 2**62 else []
         if not rows:
             raise HTTPException(404, f"there is no entry {number}")
         return str(self.paths[rows[0]])

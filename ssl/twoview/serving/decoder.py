@@ -22,10 +22,12 @@ from twoview.data import Preprocess, whole
 from twoview.errors import UserError
 
 THUMBNAIL = 160  # largest height and width in pixels
+SMALL = 2**24  # pixels of an image that any process may decode
 # Requests: the input of the network from an uploaded body, which follows its Content-Type and a line break; a thumbnail
-# of a path.
+# of a path. In upper case, images may have more than SMALL pixels.
 UPLOAD, PATH = b"u", b"p"
-DONE, REFUSED = b"+", b"-"  # answers: the result; an HTTP status of three digits and a sentence
+# Answers: the result; an HTTP status of three digits and a sentence; that the image may be a larger one.
+DONE, REFUSED, LARGER = b"+", b"-", b"?"
 FORM = b"multipart/form-data"
 ADVICE = (
     "send the bytes of an image with Content-Type: image/jpeg, or a form with one file, as curl -F image=@FILE does"
@@ -49,23 +51,25 @@ def run(pipe: Connection, preprocess: Mapping[str, Any], max_pixels: int) -> Non
         signal.signal(number, signal.SIG_IGN)
     logging.disable()  # what is wrong with an image is in the answer
     torch.set_num_threads(1)
-    Image.MAX_IMAGE_PIXELS = max_pixels
     steps = Preprocess(**preprocess)
     _limit_memory(MEMORY + MEMORY_OF_PIXEL * max_pixels)
     with contextlib.suppress(EOFError, OSError):
         while True:
             request = pipe.recv_bytes()
-            pipe.send_bytes(answer(request[:1], request[1:], steps))
+            pipe.send_bytes(answer(request[:1], request[1:], steps, max_pixels))
 
 
-def answer(kind: bytes, content: bytes, steps: Preprocess) -> bytes:
+def answer(kind: bytes, content: bytes, steps: Preprocess, max_pixels: int) -> bytes:
     """Answer one request."""
+    Image.MAX_IMAGE_PIXELS = limit = max_pixels if kind.isupper() else min(SMALL, max_pixels)
     try:
-        if kind == UPLOAD:
+        if kind.lower() == UPLOAD:
             return DONE + steps.decoded(image_of(*content.split(b"\n", 1)))[0].contiguous().numpy().tobytes()
         return DONE + thumbnail(os.fsdecode(content))
     except Exception as error:  # Pillow raises exceptions of many classes for damaged files
         status, sentence = _reason(error)
+        if limit < max_pixels and status in (413, 422):
+            return LARGER
         return REFUSED + f"{status}{UserError(sentence)}".encode(errors="backslashreplace")
 
 

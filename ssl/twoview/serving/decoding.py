@@ -45,6 +45,8 @@ class Decoders:
         self._processes = [_Process(preprocess, max_pixels) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count, "decoder")
         self._idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
+        # Large images take seconds: one process is left for the others.
+        self._large = asyncio.Semaphore(max(1, count - 1))
 
     def __enter__(self) -> "Decoders":
         advice = 'in a script, call serve below if __name__ == "__main__":'
@@ -74,39 +76,45 @@ class Decoders:
             HTTPException: 400 if there is none, 413 if it is too large, 415 if it is no image, 422 if it cannot be
                 decoded in time, or not at all.
         """
-        answer = await self._answer(decoder.UPLOAD + content_type + b"\n" + body)
+        answer = await self._answer(decoder.UPLOAD, content_type + b"\n" + body)
         return torch.frombuffer(bytearray(answer), dtype=torch.uint8).view(self.shape)
 
     async def thumbnail(self, path: str) -> bytes:
         """Return a small JPEG of a file, or raise HTTPException as :meth:`pixels` does."""
-        return await self._answer(decoder.PATH + os.fsencode(path))
+        return await self._answer(decoder.PATH, os.fsencode(path))
 
-    async def _answer(self, request: bytes) -> bytes:
-        process = await self._idle.get()
-        # A request that is given up leaves its process busy: the process is idle when it has answered, not before.
-        reply = await asyncio.shield(asyncio.ensure_future(self._asked(process, request)))
+    async def _answer(self, kind: bytes, content: bytes) -> bytes:
+        reply = await self._reply(kind + content)
+        if reply[:1] == decoder.LARGER:
+            async with self._large:
+                reply = await self._reply(kind.upper() + content)
         if reply[:1] != decoder.DONE:
             raise HTTPException(int(reply[1:4]), reply[4:].decode())
         return reply[1:]
 
+    async def _reply(self, request: bytes) -> bytes:
+        process = await self._idle.get()
+        # A request that is given up leaves its process busy: the process is idle when it has answered, not before.
+        return await asyncio.shield(asyncio.ensure_future(self._asked(process, request)))
+
     async def _asked(self, process: "_Process", request: bytes) -> bytes:
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, request)
-            done, _ = await asyncio.wait([future], timeout=self.timeout_s)
-            if not done:
-                process.kill()  # which ends the thread that waits for it
-            reply = await future
+            for _attempt in range(2):  # a process may have ended before the request
+                future = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, request)
+                done, _ = await asyncio.wait([future], timeout=self.timeout_s)
+                if not done:
+                    self.killed += 1
+                    process.kill()  # which ends the thread that waits for it
+                    await future
+                    message = f"decoding the image took more than timeout_s={self.timeout_s:g}; send a smaller one"
+                    raise HTTPException(422, message)
+                reply = await future
+                if reply is not None:
+                    return reply
+                self.ended += 1
+            raise HTTPException(422, "the process that decoded the image ended; send it in another form")
         finally:
             self._idle.put_nowait(process)
-        if reply is not None:
-            return reply
-        if not done:
-            self.killed += 1
-            raise HTTPException(
-                422, f"decoding the image took more than timeout_s={self.timeout_s:g}; send a smaller one"
-            )
-        self.ended += 1
-        raise HTTPException(422, "the process that decoded the image ended; send it in another form")
 
 
 class _Process:

@@ -73,7 +73,7 @@ def _config(app: Any, settings: ServeSettings) -> uvicorn.Config:
 
 
 class BoundedProtocol(H11Protocol):
-    """A connection that is closed when no answer is completed within ``timeout_graceful_shutdown`` of its configuration.
+    """A connection that is closed when no answer is completed within its ``timeout_graceful_shutdown``.
 
     uvicorn alone waits forever for the headers of a request, for the rest of a body that was refused, and for a client
     that does not read.

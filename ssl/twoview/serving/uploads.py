@@ -11,6 +11,9 @@ from twoview.serving.decoder import ADVICE, FORM
 from twoview.serving.settings import BODIES, UPLOADING, ServeSettings
 
 FRAME = 2**16  # bytes of a form besides the image
+# A client that is still sending may not see the answer: of what is too large, this many times the limit is read and
+# discarded before.
+DISCARDED = 4
 
 
 class Slots:
@@ -77,19 +80,24 @@ class Uploads:
             self.bytes -= len(body)
 
     async def _receive(self, request: Request, body: bytearray, limit: int) -> None:
-        too_large = HTTPException(413, f"the image is larger than max_upload={self.limit} bytes; send a smaller one")
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
+        received, declared = 0, request.headers.get("content-length", "")
+        size = int(declared) if declared.isdigit() else 0
+        waits = "expect" in request.headers  # the client sends nothing before the server has agreed
         try:
             async with asyncio.timeout(self.timeout_s):
+                if size > (limit if waits else DISCARDED * limit):
+                    raise self._too_large()
                 async for chunk in request.stream():
-                    if len(body) + len(chunk) > limit:
-                        raise too_large
-                    if self.bytes + len(chunk) > BODIES * self.limit:
-                        raise busy()
-                    body += chunk
-                    self.bytes += len(chunk)
+                    received += len(chunk)
+                    if max(size, received) <= limit:
+                        if self.bytes + len(chunk) > BODIES * self.limit:
+                            raise busy()
+                        body += chunk
+                        self.bytes += len(chunk)
+                    elif received > DISCARDED * limit:
+                        break
+            if max(size, received) > limit:
+                raise self._too_large()
         except TimeoutError as error:
             message = (
                 f"the upload took more than timeout_s={self.timeout_s:g}; send a smaller image, or raise timeout_s"
@@ -97,6 +105,9 @@ class Uploads:
             raise HTTPException(408, message, {"Connection": "close"}) from error
         except ClientDisconnect as error:
             raise HTTPException(400, "the connection was closed before the end of the upload") from error
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the image is larger than max_upload={self.limit} bytes; send a smaller one")
 
 
 def busy() -> HTTPException:

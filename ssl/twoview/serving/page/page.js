@@ -23,9 +23,12 @@ async function about() {
   }
 }
 
+// Control characters would change how a name is shown, such as its suffix.
+const plain = (text) => text.replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
+
 function element(name, text, parent) {
   const made = document.createElement(name);
-  made.textContent = text; // never as HTML: names of files may hold anything
+  made.textContent = plain(text); // never as HTML: names of files may hold anything
   if (parent) parent.append(made);
   return made;
 }
@@ -37,11 +40,11 @@ function item(neighbor) {
   picture.className = "picture";
   const name = neighbor.path.split(/[\\/]/).pop() || `entry ${neighbor.id}`;
   const image = element("img", "", picture);
-  image.alt = name;
+  image.alt = plain(name);
   image.onerror = () => { picture.textContent = "no picture here"; };
   image.src = neighbor.thumbnail;
   const caption = element("figcaption", "", figure);
-  caption.title = neighbor.path;
+  caption.title = plain(neighbor.path);
   element("bdi", name, caption);
   if (neighbor.label) element("span", neighbor.label, caption);
   element("span", `similarity ${neighbor.similarity.toFixed(3)}`, caption);
@@ -78,7 +81,7 @@ function choose(chosen) {
   shown.hidden = false;
   shown.onerror = () => { shown.hidden = true; }; // a browser shows fewer formats than the server reads
   shown.src = URL.createObjectURL(file);
-  part("name").textContent = file.name;
+  part("name").textContent = plain(file.name);
   part("query").hidden = false;
   search();
 }
@@ -93,8 +96,10 @@ for (const kind of ["dragleave", "drop"]) {
   document.addEventListener(kind, (event) => { event.preventDefault(); document.body.classList.remove("over"); });
 }
 document.addEventListener("drop", (event) => {
-  if (event.dataTransfer.files.length) choose(event.dataTransfer.files[0]);
-  else part("error").textContent = "Drop an image file; links and text are not searched for.";
+  if (event.dataTransfer.files.length) {
+    part("picture").files = event.dataTransfer.files; // shows the name
+    choose(event.dataTransfer.files[0]);
+  } else part("error").textContent = "Drop an image file; links and text are not searched for.";
 });
 document.addEventListener("paste", (event) => choose(event.clipboardData.files[0]));
 about();
