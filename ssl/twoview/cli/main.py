@@ -45,7 +45,8 @@ def main() -> None:
 
     Raises:
         SystemExit: exit code 2 after a :class:`UserError` or if a file or stdout cannot be written, 1 if a run of a
-            sweep failed, 130 after Ctrl-C, and otherwise the code of :class:`Interrupted`.
+            sweep failed, 130 after Ctrl-C, the code of :class:`Interrupted`, and otherwise the ``exit_code`` of the
+            report, if it has one above 0. A sweep does not use the codes of its reports.
     """
     for stream in (sys.stdout, sys.stderr):  # names of files need not be valid text
         if isinstance(stream, io.TextIOWrapper):
@@ -133,6 +134,8 @@ def _job(cfg: DictConfig) -> float | None:
     if sweep:
         folder = os.path.relpath(job.runtime.output_dir)
         sweeps.record(job.job.num, job.overrides.task, folder, name, figure, mistake)
+    elif report.get("exit_code"):
+        sys.exit(report["exit_code"])
     return figure
 
 
