@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "DriftSettings": "twoview.tools.drift_settings",
     "Index": "twoview.tools.index",
     "IndexSettings": "twoview.tools.index_settings",
     "ServeSettings": "twoview.serving.settings",
+    "drift": "twoview.tools.drift_detection",
     "embed": "twoview.tools.embedding",
     "export": "twoview.tools.exporting",
     "find_duplicates": "twoview.tools.near_duplicates",
