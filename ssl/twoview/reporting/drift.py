@@ -58,6 +58,8 @@ def _summary(report: Report) -> list[str]:
             f" {alarms['alarms']} of {alarms['splits']}, {rate}. This checks the tests for independent images; it says"
             " nothing of images that depend on each other, such as frames of one video."
         )
+    if not report["drift"]:
+        lines.append("The differences that are listed below may be due to chance.")
     return lines
 
 
@@ -92,7 +94,7 @@ def _map(vectors: Sequence[np.ndarray], seed: int) -> str:
     count = min(MAPPED // 2, *map(len, vectors))
     points = torch.from_numpy(np.concatenate([part[:count] for part in vectors])).float()
     labels = torch.arange(2).repeat_interleave(count)
-    return figures.feature_map(points, labels, list(LISTS)[::-1], "pca", seed)
+    return figures.feature_map(points, labels, ["reference", "current"], "pca", seed)
 
 
 def _shown(image: Report) -> Shown:
