@@ -15,6 +15,7 @@ from twoview.evaluation.two_sample import (
     Pool,
     auc_statistics,
     chi_square_statistics,
+    compare_sets,
     false_alarms,
     gaussian_kernel,
     holm,
@@ -145,8 +146,7 @@ def test_planted_shifts_are_found(kind):
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((2, 100, 4))
     y = {"mean": y + 0.7, "variance": 2 * y, "share of a mode": y + 8 * (np.arange(100) < 20)[:, None]}[kind]
-    order = generator.permutation(200)
-    p = Pool.of(np.concatenate([x, y])[order], 10, 0).p_values((order >= 100)[:, None], 199, generator)[1][:, 0]
+    p = compare_sets(x, y, 10, 199, generator).p
     assert p[0] == 1 / 200
     assert p.shape == (3,)
     # A linear classifier does not see that the variance has changed.
@@ -162,10 +162,9 @@ def test_equal_vectors_are_no_drift():
 
 def test_more_dimensions_than_rows():
     x = np.random.default_rng(0).standard_normal((60, 500))
-    x[:30] += 0.4
-    order = np.random.default_rng(1).permutation(60)
-    found = Pool.of(x[order], 5, 0).p_values((order >= 30)[:, None], 99, np.random.default_rng(2))[1]
-    assert found[:2, 0].tolist() == [0.01, 0.01]
+    found = compare_sets(x[:30] + 0.4, x[30:], 5, 99, np.random.default_rng(1))
+    assert found.p[:2].tolist() == [0.01, 0.01]
+    assert np.array_equal(found.pool.vectors, np.concatenate([x[:30] + 0.4, x[30:]])[found.order])
 
 
 def test_false_alarms_are_counted_on_splits():

@@ -137,9 +137,20 @@ def test_images_of_a_new_kind_are_the_first_of_the_list(tmp_path):
     assert found["changed"]["reference"][0]["image"].startswith("row ")
     assert found["sets"]["current"] == found["sets"]["current"] | {"images": 300, "compared": 100, "retrieval": None}
     assert found["false_alarms"] is None
-    new = [row for row in found["clusters"] if row["reference"] == 0]
-    assert new
-    assert {name for row in new for name in row["examples"]} <= {paths[row] for row in planted}
+
+
+def test_the_cluster_of_a_new_kind_has_changed_most(tmp_path):
+    current, paths = vectors(1, 200, 16), [f"photo {row}" for row in range(200)]
+    current[:40] = vectors(2, 40, 16) / 10 + 5
+    settings = DriftSettings(permutations=99, splits=0)
+    found = drift(embeddings(vectors(0, 200, 16)), embeddings(current, paths=paths), settings, run_dir=tmp_path)
+    first, *others = found["clusters"]
+    assert (first["reference"], first["current"]) == pytest.approx((0, 0.2), abs=0.02)
+    assert set(first["examples"]) <= set(paths[:40])
+    for name in ("reference", "current"):
+        assert sum(row[name] for row in found["clusters"]) == pytest.approx(1)
+    changes = [abs(row["current"] - row["reference"]) for row in others]
+    assert changes == sorted(changes, reverse=True)
 
 
 def test_quality_is_measured_on_equal_numbers_with_labels_in_both_sets(tmp_path):

@@ -11,7 +11,7 @@ Shapes: N pooled rows, D dimensions, B assignments.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -228,6 +228,48 @@ class Pool:
         all_of_them = np.concatenate([observed, random], 1)
         found = np.stack([*self.statistics(all_of_them)])
         return found[:, :count], np.stack([p_values(row[:count], row[count:]) for row in found])
+
+
+class Comparison(NamedTuple):
+    """Result of the tests of two sets.
+
+    Attributes:
+        pool: the pooled rows.
+        order: int ``[N]``, position of each pooled row among the rows of the first set followed by those of the second.
+        statistics: float64 ``[3]``, in the order of :data:`TESTS`.
+        p: float64 ``[3]``, p value of each test.
+        adjusted_p: float64 ``[3]``, by :func:`holm`.
+    """
+
+    pool: Pool
+    order: np.ndarray
+    statistics: np.ndarray
+    p: np.ndarray
+    adjusted_p: np.ndarray
+
+
+def compare_sets(
+    first: np.ndarray, second: np.ndarray, clusters: int, permutations: int, generator: np.random.Generator
+) -> Comparison:
+    """Test whether two sets are samples of the same distribution.
+
+    Args:
+        first: float64 ``[n, D]``, n >= 2.
+        second: float64 ``[m, D]``, m >= 2.
+        clusters: largest number of clusters.
+        permutations: number of permutations of each test.
+        generator: source of all random numbers.
+
+    Example:
+        >>> generator = np.random.default_rng(0)
+        >>> x, y = generator.standard_normal((2, 50, 3))
+        >>> compare_sets(x, y + 2, 5, 99, generator).adjusted_p.tolist()
+        [0.03, 0.03, 0.03]
+    """
+    order = generator.permutation(len(first) + len(second))
+    pool = Pool.of(np.concatenate([first, second])[order], clusters, int(generator.integers(2**31)))
+    statistics, p = pool.p_values((order >= len(first))[:, None], permutations, generator)
+    return Comparison(pool, order, statistics[:, 0], p[:, 0], holm(p)[:, 0])
 
 
 def false_alarms(pool: Pool, splits: int, level: float, permutations: int, generator: np.random.Generator) -> int:

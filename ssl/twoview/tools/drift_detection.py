@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from twoview.evaluation.progress import part, shown_by
-from twoview.evaluation.two_sample import TESTS, Pool, false_alarms, holm, share_interval
+from twoview.evaluation.two_sample import TESTS, Comparison, Pool, compare_sets, false_alarms, share_interval
 from twoview.files import write_atomically
 from twoview.reporting.drift import write_page
 from twoview.reporting.progress_bar import EvaluationBar
@@ -78,13 +78,14 @@ def drift(
     first, second = (sample(content, settings.max_images, generator) for content in pair)
     with shown_by(EvaluationBar()):
         with part("two-sample tests"):
-            report, pool, order = _test(first, second, settings, seed, generator)
+            found = compare_sets(first.vectors, second.vectors, settings.clusters, settings.permutations, generator)
+        report = _decision(found, settings, seed)
         if settings.splits:
             with part("false alarms on splits of the reference"):
-                report["false_alarms"] = _calibrate(first, settings, seed, generator)
+                report["false_alarms"] = _calibrate(first, settings, generator)
         with part("changed images and clusters"):
-            report["changed"] = changed_images(first, second, pool.bandwidth, settings.listed)
-            report["clusters"] = changed_clusters(first, second, pool, order)
+            report["changed"] = changed_images(first, second, found.pool.bandwidth, settings.listed)
+            report["clusters"] = changed_clusters(first, second, found.pool, found.order)
             report["sets"] = set_figures(first, second)
     report["checkpoint"] = first.content.metadata.get("checkpoint") or second.content.metadata.get("checkpoint")
     report["files"] = [str(x) if isinstance(x, str | Path) else None for x in (reference, current)]
@@ -95,30 +96,22 @@ def drift(
     return report
 
 
-def _test(
-    first: Sample, second: Sample, settings: DriftSettings, seed: int, generator: np.random.Generator
-) -> tuple[dict[str, Any], Pool, np.ndarray]:
-    """Report of the tests, the pooled samples in random order, and this order."""
-    order = generator.permutation(len(first.rows) + len(second.rows))
-    pool = Pool.of(np.concatenate([first.vectors, second.vectors])[order], settings.clusters, seed)
-    statistics, p = pool.p_values((order >= len(first.rows))[:, None], settings.permutations, generator)
-    adjusted = holm(p)
-    columns = zip(TESTS, statistics[:, 0].tolist(), p[:, 0].tolist(), adjusted[:, 0].tolist(), strict=True)
-    found = bool(adjusted.min() <= settings.level)
-    report = {
-        "drift": found,
-        "exit_code": DRIFT if found else 0,
+def _decision(found: Comparison, settings: DriftSettings, seed: int) -> dict[str, Any]:
+    columns = zip(TESTS, found.statistics.tolist(), found.p.tolist(), found.adjusted_p.tolist(), strict=True)
+    reject = bool(found.adjusted_p.min() <= settings.level)
+    return {
+        "drift": reject,
+        "exit_code": DRIFT if reject else 0,
         "tests": {name: {"statistic": value, "p": p, "adjusted_p": both} for name, value, p, both in columns},
         "false_alarms": None,
-        "bandwidth": pool.bandwidth,
+        "bandwidth": found.pool.bandwidth,
         "settings": vars(settings).copy(),
         "seed": seed,
     }
-    return report, pool, order
 
 
-def _calibrate(first: Sample, settings: DriftSettings, seed: int, generator: np.random.Generator) -> dict[str, Any]:
-    pool = Pool.of(first.vectors, settings.clusters, seed)
+def _calibrate(first: Sample, settings: DriftSettings, generator: np.random.Generator) -> dict[str, Any]:
+    pool = Pool.of(first.vectors, settings.clusters, int(generator.integers(2**31)))
     alarms = false_alarms(pool, settings.splits, settings.level, settings.permutations, generator)
     interval = share_interval(alarms, settings.splits)
     return {"alarms": alarms, "splits": settings.splits, "interval": interval, "images": len(first.rows) // 2}
