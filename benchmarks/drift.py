@@ -29,16 +29,16 @@ from side_by_side import begin, save
 
 from twoview.data import square
 from twoview.evaluation.two_sample import TESTS, compare_sets, share_interval
-from twoview.loading import load
 from twoview.tools import DriftSettings
+from twoview.tools.near_duplicates import optional_encoder
 
 SETTINGS = DriftSettings()
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 SIDE = 32  # height and width of raw pixels
 PIXELS = {  # strengths, and their unit
-    "brighter": ((4, 8, 16), "+{} gray levels"),
-    "blurred": ((0.4, 0.5, 0.6), "sigma {} pixels"),
-    "noisy": ((2, 4, 8), "sigma {} gray levels"),
+    "brighter": ((8, 16, 32), "+{} gray levels"),
+    "blurred": ((0.4, 0.6, 0.8), "sigma {} pixels"),
+    "noisy": ((4, 8, 16), "sigma {} gray levels"),
 }
 CLASSES = {
     "missing class": ((0.3, 0.6, 1.0), "{:.0%} of its images"),
@@ -65,7 +65,7 @@ class Embedded:
         files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
         names = sorted({file.parent.name for file in files})
         self.labels = np.array([names.index(file.parent.name) for file in files])
-        encoder = None if checkpoint is None else load(checkpoint)
+        encoder = optional_encoder(checkpoint, SIDE, 3)
         decode = encoder.preprocess.decoded if encoder is not None else lambda file: [square(file, SIDE, 3)]
         pixels = torch.stack([decode(str(file))[0] for file in files])
         self.clean = features(encoder, pixels)
@@ -142,7 +142,16 @@ def main():
             repeats = given.splits if kind == "none" else given.repeats
             p = measure(embedded, kind, strength, size, repeats, given.seed)
             counts = [int((p.min(1) <= SETTINGS.level).sum()), *(p <= SETTINGS.level).sum(0).tolist()]
-            rows.append({"change": kind, "strength": shown, "images": size, "pairs": repeats, "noticed": counts})
+            rows.append(
+                {
+                    "change": kind,
+                    "strength": shown,
+                    "images": size,
+                    "pairs": repeats,
+                    "noticed": counts[0],
+                    **dict(zip(TESTS, counts[1:], strict=True)),
+                }
+            )
             if kind == "none":
                 rows[-1]["interval"] = share_interval(counts[0], repeats)
             print(f"| {kind} | {shown} | {size:,} | {repeats} | {' | '.join(map(str, counts))} |", flush=True)

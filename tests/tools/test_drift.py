@@ -169,6 +169,21 @@ def test_quality_is_measured_on_equal_numbers_with_labels_in_both_sets(tmp_path)
     assert unlabelled["sets"]["reference"]["retrieval"] is None
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e30, 1e300])
+@pytest.mark.parametrize("width", [1, 3])
+def test_vectors_without_variance_and_of_extreme_size(scale, width, tmp_path):
+    settings, pair = DriftSettings(permutations=99, splits=5), [scale * vectors(i, 30, width).double() for i in (0, 1)]
+    if scale == 1e300:
+        with pytest.raises(UserError, match="reference: vectors: 30 of 30 are not finite"):
+            drift(*pair, settings, run_dir=tmp_path)
+        return
+    found = drift(*pair, settings, run_dir=tmp_path)
+    assert not found["drift"]
+    assert (found["tests"]["mmd"]["p"] == 1) == (scale == 0)
+    shown = Page((tmp_path / "drift.html").read_text()).tags.count("img")
+    assert shown == (width > 1 and scale > 0)
+
+
 NAN = vectors(0)
 NAN[3, 1] = torch.nan
 REFUSED = {

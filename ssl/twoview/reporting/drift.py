@@ -89,10 +89,12 @@ def _sets(report: Report) -> Table:
     return figures_table("Embeddings", columns, note, ("retrieval",))
 
 
-def _map(vectors: Sequence[np.ndarray], seed: int) -> str:
-    """Scatter plot of equal numbers of images of both sets, as a data URI."""
+def _map(vectors: Sequence[np.ndarray], seed: int) -> str | None:
+    """Scatter plot of equal numbers of images of both sets, as a data URI; None if there is nothing to plot."""
     count = min(MAPPED // 2, *map(len, vectors))
     points = torch.from_numpy(np.concatenate([part[:count] for part in vectors])).float()
+    if points.shape[1] < 2 or not (points != points[0]).any():
+        return None
     labels = torch.arange(2).repeat_interleave(count)
     return figures.feature_map(points, labels, ["reference", "current"], "pca", seed)
 

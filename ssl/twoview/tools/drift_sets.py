@@ -105,7 +105,7 @@ def _read(source: Vectors, knob: str) -> Embeddings:
 def _of_array(vectors: Tensor) -> Embeddings:
     fits = vectors.ndim == 2 and vectors.is_floating_point()
     require(fits, f"vectors: give floating point numbers [N, D], not {vectors.dtype} {list(vectors.shape)}")
-    found = as_embeddings("array", vectors.detach().cpu())  # checks sizes and values
+    found = as_embeddings("array", vectors.detach().cpu().float())  # checks sizes and values
     return found._replace(metadata={})
 
 
