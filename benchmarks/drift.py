@@ -123,6 +123,8 @@ def main():
     parser.add_argument("--splits", type=int, default=100, help="pairs without drift for each size")
     parser.add_argument("--repeats", type=int, default=10, help="pairs for each change and size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000], help="images of each set")
+    kinds = ["none", *PIXELS, *CLASSES]
+    parser.add_argument("--changes", nargs="+", default=kinds, choices=kinds)
     parser.add_argument("--part", type=int, default=2000, help="images that are changed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file for the table with provenance")
@@ -137,7 +139,7 @@ def main():
     cases = [("none", 0, "")]
     cases += [(k, s, unit.format(s)) for k, (all_of, unit) in (PIXELS | CLASSES).items() for s in all_of]
     rows = []
-    for kind, strength, shown in cases:
+    for kind, strength, shown in (case for case in cases if case[0] in given.changes):
         for size in given.sizes:
             repeats = given.splits if kind == "none" else given.repeats
             p = measure(embedded, kind, strength, size, repeats, given.seed)
