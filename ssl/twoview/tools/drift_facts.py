@@ -87,8 +87,8 @@ def set_figures(first: Sample, second: Sample) -> dict[str, dict[str, Any]]:
         rows, retrieval = labelled[name][:queries], None
         if queries > 1:
             names = [found.label(int(found.rows[row])) for row in rows]
-            numbers = torch.from_numpy(np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)[1])
-            retrieval = retrieval_figures(vectors[rows].float(), numbers)
+            numbers = {label: number for number, label in enumerate(dict.fromkeys(names))}
+            retrieval = retrieval_figures(vectors[rows].float(), torch.tensor([numbers[label] for label in names]))
         figures[name] = {
             "images": len(found),
             "compared": len(found.rows),
