@@ -312,14 +312,6 @@ def test_an_encoder_takes_uint8_only_and_no_gradient(encoder):
     assert not encoder(short_data().test.pixels[:2]).requires_grad
 
 
-def test_the_number_of_images_in_a_pass_does_not_change_features(encoder):
-    pixels = torch.rand(1200, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert encoder._images_per_pass(pixels) < len(pixels)
-    parts = torch.cat([encoder.apply_network(part) for part in pixels.split(100)])
-    torch.testing.assert_close(encoder.apply_network(pixels), parts)
-    assert encoder.apply_network(pixels[:0]).shape == (0, encoder.width)
-
-
 def test_evaluation_mode_is_restored_for_every_module():
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.9))
     network.train()

@@ -28,3 +28,12 @@ def test_features_change_neither_weights_nor_modes_of_the_network(name):
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in before.items())
     assert modes == [m.training for m in network.modules()]
     assert torch.equal(features, encoder_of(network, 32).feature_matrix(images, batch_size=4))
+
+
+def test_the_number_of_images_in_a_pass_does_not_change_features():
+    encoder = encoder_of(create_backbone("test_resnet", image_size=16)[0], 16)
+    pixels = torch.rand(600, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert encoder._images_per_pass(pixels) < len(pixels)
+    parts = torch.cat([encoder.apply_network(part) for part in pixels.split(100)])
+    torch.testing.assert_close(encoder.apply_network(pixels), parts)
+    assert encoder.apply_network(pixels[:0]).shape == (0, encoder.width)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from twoview.errors import UserError
-from twoview.tools.embedding_file import MAX_WIDTH
 from twoview.files import remove_unfinished
+from twoview.tools.embedding_file import MAX_WIDTH
 from twoview.tools.entries import Entries, Texts
 from twoview.tools.index_settings import KINDS, IndexSettings
 from twoview.torch_files import hash_tensors, map_safetensors, write_safetensors
