@@ -142,7 +142,8 @@ def test_every_choice_composes_and_instantiates(group, choice):
 def test_every_task_composes(task):
     needed = {"compare": ["runs=[a,b]"], "index": ["embeddings=a", "to=b"], "search": ["index=a", "query=b"]}
     needed |= {name: ["checkpoint=x", "to=b"] for name in ("embed", "export")}
-    needed |= {name: [] for name in ("pretrain", "preview", "duplicates")} | {"drift": ["reference=a", "current=b"]}
+    needed |= {name: [] for name in ("pretrain", "preview", "duplicates")}
+    needed |= {"drift": ["reference=a", "current=b"], "serve": ["index=a"]}
     check_overrides([f"task={task}", *needed.get(task, ["checkpoint=x"])])
 
 
