@@ -111,7 +111,13 @@ def test_holm_equals_its_steps():
         largest = 0.0
         for step, test in enumerate(sorted(range(3), key=lambda i: column[i])):
             largest = max(largest, min(1.0, (3 - step) * column[test]))
-            assert found[test] == largest
+            assert found[test] == pytest.approx(largest, abs=1e-12)
+
+
+@pytest.mark.parametrize(("level", "permutations"), [(0.075, 39), (0.15, 19), (0.05, 59), (0.001, 2999)])
+def test_the_smallest_p_value_of_the_fewest_permutations_rejects(level, permutations):
+    p = p_values(np.array([1.0]), np.zeros(permutations))
+    assert holm(np.array([p, [0.9], [0.9]])).min() <= level
 
 
 @pytest.fixture(scope="module")
