@@ -45,6 +45,8 @@ MISTAKES = {
     "task=evaluate checkpoint=timm:resnet19": "did you mean resnet1",
     "task=evaluate checkpoint=x eval.parts=[linaer]": "eval.parts=linaer: choose one of linear",
     "task=finetune checkpoint=x finetune.label_share=2": "finetune.label_share=2: give",
+    "task=embed checkpoint=x to=y columns=thumbnail": "columns=thumbnail: give a list, such as [thumbnail]",
+    "task=duplicates kinds=mirrored": "kinds=mirrored: give a list, such as [re-encoded,resized,mirrored,cropped]",
     "trainer.max_time=soon trainer.max_epochs=null": "trainer.max_time=soon",
 }
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -107,6 +108,8 @@ def test_nothing_is_downloaded_for_the_network_that_an_index_names(photos, tmp_p
         ({"index": "nothing.index"}, "there is no such file"),
         ({"index": "net.ckpt"}, "cannot be read as an index"),
         ({"checkpoint": "nothing"}, "there is no checkpoint"),
+        ({"checkpoint": "random:test_resnet"}, "checkpoint=random:test_resnet: give the network of the index"),
+        ({"index": "Bilder"}, "index=Bilder: there is no such file; give one that task=index or task=embed"),
     ],
 )
 def test_mistakes_are_one_sentence(changes, message, photos, tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_mistakes_are_one_sentence(changes, message, photos, tmp_path, monkeypat
         search(**({"index": photos.index, "query": photos.files[0], "run_dir": tmp_path} | changes))
 
 
-def test_an_index_replaces_an_index_and_nothing_else(photos, tmp_path):
+def test_an_index_replaces_an_index_and_nothing_else(photos, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("")
     places = [(tmp_path, "is not an index"), (tmp_path / "thesis.txt", "is not an index")]
@@ -126,6 +129,12 @@ def test_an_index_replaces_an_index_and_nothing_else(photos, tmp_path):
             build_index(photos.embeddings, place)
     with pytest.raises(UserError, match="there is no such file"):
         build_index(tmp_path / "none.parquet", tmp_path / "a.index")
+    with pytest.raises(UserError, match=r"embeddings=.*photos\.index: cannot be read as Parquet"):
+        build_index(photos.index, tmp_path / "a.index")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyarrow.parquet", None)
+        with pytest.raises(UserError, match=r"embeddings=.*photos\.parquet: needs pyarrow; pip install"):
+            build_index(photos.embeddings, tmp_path / "a.index")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     for kind in ("exact", "hnsw"):
         build_index(photos.embeddings, tmp_path / "new folder" / "a.index", kind=kind)

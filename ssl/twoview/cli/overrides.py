@@ -180,7 +180,8 @@ def _check_value(override: Override, knobs: Mapping[str, Any]) -> None:
     nullable = before is None or key in _NULLABLE or str(before).startswith("${")
     require(value is not None or nullable, f"{key}=null: this knob needs a value, such as {before}")
     wanted = next((words for kind, words in _KINDS.items() if isinstance(before, kind)), "")
-    require(value is None or _fits(before, value), f"{key}={value}: give {wanted}, such as {before}")
+    example = f"[{','.join(map(str, before or [value]))}]" if isinstance(before, list) else before
+    require(value is None or _fits(before, value), f"{key}={value}: give {wanted}, such as {example}")
 
 
 def _check_effects(given: Iterable[str], cfg: DictConfig) -> None:

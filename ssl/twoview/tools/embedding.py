@@ -95,7 +95,7 @@ def embed(
         >>> embed(encoder, digits(image_size=16), f"{folder}/vectors.parquet", precision="fp16").images
         1797
     """
-    embedding_file.require_pyarrow()
+    embedding_file.require_pyarrow(to, "to")
     to = _check_knobs(to, columns, precision, devices, update and rerun)
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
     source, batch_size = _list_images(encoder, data, "thumbnail" in columns)

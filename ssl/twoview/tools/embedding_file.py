@@ -62,12 +62,12 @@ class Embeddings(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-def require_pyarrow() -> None:
-    """Raise :class:`UserError` if pyarrow is not installed."""
+def require_pyarrow(path: str | Path, knob: str) -> None:
+    """Raise :class:`UserError`, which names the file and its knob, if pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UserError('files of embeddings need: pip install "twoview[parquet]"') from None
+        raise UserError(f'{knob}={path}: needs pyarrow; pip install "twoview[parquet]"') from None
 
 
 def schema(width: int, precision: str, thumbnails: bool, metadata: Mapping[bytes, bytes]) -> Any:
@@ -131,7 +131,7 @@ def open_embeddings(path: str | Path, knob: str) -> Iterator[Any]:
     Raises:
         UserError: if it is no file of embeddings, also if this is noticed while the file is open.
     """
-    require_pyarrow()
+    require_pyarrow(path, knob)
     import pyarrow as pa
     import pyarrow.parquet
 

@@ -17,6 +17,7 @@ from twoview.evaluation.tables import Table
 from twoview.files import write_csv
 from twoview.loading import load
 from twoview.reporting.tables import show
+from twoview.tools.embedding_file import read_embeddings
 from twoview.tools.incoming import checkpoint_of, with_preprocessing
 from twoview.tools.index import Index, Neighbors
 from twoview.tools.index_file import is_index
@@ -58,7 +59,7 @@ def build_index(
     """
     settings, place = IndexSettings(kind, half, recall, links, construction), Path(str(to)).expanduser()
     _check_place(place, Path(str(embeddings)).expanduser())
-    index = Index.build(None, Path(str(embeddings)).expanduser(), settings)
+    index = Index.build(None, read_embeddings(embeddings, knob="embeddings"), settings)
     index.save(place)
     measured = "" if index.recall is None else f", recall@{index.recall['at']} {index.recall['value']:.3f}"
     size = place.stat().st_size / 1e6
@@ -164,6 +165,29 @@ def _query_files(query: str | Path) -> Sequence[str]:
         return [str(path)]
     require(path.exists(), f"query={query}: there is no such image or folder")
     return [str(file) for file in list_images(str(path), "query").source]
+
+
+def _open(index: str | Path) -> Index:
+    path = Path(str(index)).expanduser()
+    require(path.is_file(), f"index={index}: there is no such file; give one that task=index or task=embed has written")
+    return Index.build(None, path, IndexSettings("exact")) if path.suffix == ".parquet" else Index.load(path)
+
+
+def _encoder(opened: Index, index: str | Path, checkpoint: str | Path | None) -> Encoder:
+    """Load the network of an index. Of what the index names, only a local file is loaded; nothing is downloaded."""
+    if checkpoint is None:
+        named = opened.source
+        message = f"the index names the checkpoint {named or '(none)'}, which is no file here; give checkpoint="
+        require(named and Path(named).exists(), f"index={index}: {message}")
+    source = opened.source if checkpoint is None else checkpoint
+    random = str(source).startswith("random:")
+    require(not random, f"checkpoint={source}: give the network of the index: a run folder, a .ckpt file or timm:NAME")
+    encoder = load(source)
+    given = checkpoint_of(encoder)
+    message = f"its weights have the hash {given}, those of index={index} {opened.checkpoint}"
+    advice = "give the checkpoint of the index, or embed the images with this one and build another index"
+    require(given == opened.checkpoint, f"checkpoint={source}: {message}; {advice}")
+    return encoder
 
 
 def _vectors_of(files: Sequence[str], encoder: Encoder) -> tuple[list[str], Tensor]:
