@@ -46,7 +46,7 @@ class Decoders:
         self._threads = ThreadPoolExecutor(count, "decoder")
         self._idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
         # Large images take seconds: one process is left for the others.
-        self._large = asyncio.Semaphore(max(1, count - 1))
+        self._all, self._large = asyncio.Semaphore(count), asyncio.Semaphore(max(1, count - 1))
 
     def __enter__(self) -> "Decoders":
         advice = 'in a script, call serve below if __name__ == "__main__":'
@@ -84,20 +84,24 @@ class Decoders:
         return await self._answer(decoder.PATH, os.fsencode(path))
 
     async def _answer(self, kind: bytes, content: bytes) -> bytes:
-        reply = await self._reply(kind + content)
+        reply = await self._reply(kind + content, self._all)
         if reply[:1] == decoder.LARGER:
-            async with self._large:
-                reply = await self._reply(kind.upper() + content)
+            reply = await self._reply(kind.upper() + content, self._large)
         if reply[:1] != decoder.DONE:
             raise HTTPException(int(reply[1:4]), reply[4:].decode())
         return reply[1:]
 
-    async def _reply(self, request: bytes) -> bytes:
-        process = await self._idle.get()
-        # A request that is given up leaves its process busy: the process is idle when it has answered, not before.
-        return await asyncio.shield(asyncio.ensure_future(self._asked(process, request)))
+    async def _reply(self, request: bytes, places: asyncio.Semaphore) -> bytes:
+        await places.acquire()
+        try:
+            process = await self._idle.get()
+        except BaseException:
+            places.release()
+            raise
+        # A request that is given up leaves its process and its place taken until the process has answered.
+        return await asyncio.shield(asyncio.ensure_future(self._asked(process, request, places)))
 
-    async def _asked(self, process: "_Process", request: bytes) -> bytes:
+    async def _asked(self, process: "_Process", request: bytes, places: asyncio.Semaphore) -> bytes:
         try:
             for _attempt in range(2):  # a process may have ended before the request
                 future = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, request)
@@ -115,6 +119,7 @@ class Decoders:
             raise HTTPException(422, "the process that decoded the image ended; send it in another form")
         finally:
             self._idle.put_nowait(process)
+            places.release()
 
 
 class _Process:
