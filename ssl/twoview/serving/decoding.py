@@ -62,7 +62,7 @@ class Decoders:
             process.stop()
         self._threads.shutdown()
 
-    async def pixels(self, content_type: bytes, body: bytes) -> Tensor:
+    async def pixels(self, content_type: bytes, body: bytes | bytearray) -> Tensor:
         """Decode and preprocess the image in the body of a request.
 
         Args:
@@ -76,17 +76,17 @@ class Decoders:
             HTTPException: 400 if there is none, 413 if it is too large, 415 if it is no image, 422 if it cannot be
                 decoded in time, or not at all.
         """
-        answer = await self._answer(decoder.UPLOAD, content_type + b"\n" + body)
+        answer = await self._answer(decoder.UPLOAD, content_type, b"\n", body)
         return torch.frombuffer(bytearray(answer), dtype=torch.uint8).view(self.shape)
 
     async def thumbnail(self, path: str) -> bytes:
         """Return a small JPEG of a file, or raise HTTPException as :meth:`pixels` does."""
         return await self._answer(decoder.PATH, os.fsencode(path))
 
-    async def _answer(self, kind: bytes, content: bytes) -> bytes:
-        reply = await self._reply(kind + content, self._all)
+    async def _answer(self, kind: bytes, *content: bytes | bytearray) -> bytes:
+        reply = await self._reply(b"".join([kind, *content]), self._all)
         if reply[:1] == decoder.LARGER:
-            reply = await self._reply(kind.upper() + content, self._large)
+            reply = await self._reply(b"".join([kind.upper(), *content]), self._large)
         if reply[:1] != decoder.DONE:
             raise HTTPException(int(reply[1:4]), reply[4:].decode())
         return reply[1:]

@@ -58,7 +58,7 @@ class Uploads:
         self.bytes, self.slots = 0, Slots(UPLOADING * settings.concurrency)
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[tuple[bytes, bytes]]:
+    async def body(self, request: Request) -> AsyncIterator[tuple[bytes, bytearray]]:
         """Yield content type and body of a request, which counts as being in memory until the end of the block.
 
         Raises:
@@ -75,7 +75,7 @@ class Uploads:
             with self.slots.one():
                 await self._receive(request, body, self.limit + (FRAME if form else 0))
             # The type is case-insensitive, the boundary after it is not.
-            yield kind.encode() + content_type[len(kind) :].encode("latin-1"), bytes(body)
+            yield kind.encode() + content_type[len(kind) :].encode("latin-1"), body
         finally:
             self.bytes -= len(body)
 
