@@ -113,7 +113,7 @@ def open_index(index: str | Path) -> Index:
         UserError: if there is no such file, or it cannot be read.
     """
     path = Path(str(index)).expanduser()
-    require(path.is_file(), f"index={index}: there is no such file; build one with task=index")
+    require(path.is_file(), f"index={index}: there is no such file; give one that task=index or task=embed has written")
     return Index.build(None, path, IndexSettings("exact")) if path.suffix == ".parquet" else Index.load(path)
 
 
@@ -135,6 +135,8 @@ def network_of_index(opened: Index, index: str | Path, checkpoint: str | Path | 
         message = f"the index names the checkpoint {named or '(none)'}, which is no file here; give checkpoint="
         require(named and Path(named).exists(), f"index={index}: {message}")
     source = opened.source if checkpoint is None else checkpoint
+    random = str(source).startswith("random:")
+    require(not random, f"checkpoint={source}: give the network of the index: a run folder, a .ckpt file or timm:NAME")
     encoder = load(source)
     given = checkpoint_of(encoder)
     message = f"its weights have the hash {given}, those of index={index} {opened.checkpoint}"
@@ -165,29 +167,6 @@ def _query_files(query: str | Path) -> Sequence[str]:
         return [str(path)]
     require(path.exists(), f"query={query}: there is no such image or folder")
     return [str(file) for file in list_images(str(path), "query").source]
-
-
-def _open(index: str | Path) -> Index:
-    path = Path(str(index)).expanduser()
-    require(path.is_file(), f"index={index}: there is no such file; give one that task=index or task=embed has written")
-    return Index.build(None, path, IndexSettings("exact")) if path.suffix == ".parquet" else Index.load(path)
-
-
-def _encoder(opened: Index, index: str | Path, checkpoint: str | Path | None) -> Encoder:
-    """Load the network of an index. Of what the index names, only a local file is loaded; nothing is downloaded."""
-    if checkpoint is None:
-        named = opened.source
-        message = f"the index names the checkpoint {named or '(none)'}, which is no file here; give checkpoint="
-        require(named and Path(named).exists(), f"index={index}: {message}")
-    source = opened.source if checkpoint is None else checkpoint
-    random = str(source).startswith("random:")
-    require(not random, f"checkpoint={source}: give the network of the index: a run folder, a .ckpt file or timm:NAME")
-    encoder = load(source)
-    given = checkpoint_of(encoder)
-    message = f"its weights have the hash {given}, those of index={index} {opened.checkpoint}"
-    advice = "give the checkpoint of the index, or embed the images with this one and build another index"
-    require(given == opened.checkpoint, f"checkpoint={source}: {message}; {advice}")
-    return encoder
 
 
 def _vectors_of(files: Sequence[str], encoder: Encoder) -> tuple[list[str], Tensor]:
