@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -325,3 +326,4 @@ def test_the_command_line_starts_several_processes_and_writes_the_same_file(enco
     done = train("task=embed", "data=folder", *knobs, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b.parquet").read_bytes() == (tmp_path / "a.parquet").read_bytes()
+    assert re.search(r"embed: 41 of 41 images, [\d,]+ images/s", done.stdout), done.stdout

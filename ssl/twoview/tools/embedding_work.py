@@ -64,8 +64,14 @@ def compute(job: Job, devices: int) -> None:
     # A server that has imported this module once forks the processes; a fork of this one could deadlock in OpenMP.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     multiprocessing.set_forkserver_preload([__name__])
+    progress = _Progress(multiprocessing.get_context(method).Array("q", 2))
     try:
-        start_processes(_started, (devices, job), nprocs=devices, start_method=method)
+        processes = start_processes(
+            _started, (devices, job, progress.counts), nprocs=devices, join=False, start_method=method
+        )
+        while not processes.join(LOG_SECONDS):
+            progress.show()
+        progress.show()
     except ProcessException as error:
         sentence = str(error).rpartition("UserError: ")
         if not sentence[1]:
@@ -73,11 +79,11 @@ def compute(job: Job, devices: int) -> None:
         raise UserError(sentence[2]) from error
 
 
-def _started(rank: int, devices: int, job: Job) -> None:
-    work(job, rank, devices, rank)
+def _started(rank: int, devices: int, job: Job, counts: Any) -> None:
+    work(job, rank, devices, rank, counts)
 
 
-def work(job: Job, rank: int, world: int, local_rank: int) -> None:
+def work(job: Job, rank: int, world: int, local_rank: int, counts: Any = None) -> None:
     """Compute the missing parts of one process: every ``world``-th part, beginning with part ``rank``.
 
     Args:
@@ -85,6 +91,7 @@ def work(job: Job, rank: int, world: int, local_rank: int) -> None:
         rank: rank of this process.
         world: number of processes.
         local_rank: rank on this machine, which selects the GPU.
+        counts: array that all processes share, see :class:`_Progress`; None for the counts of this process.
     """
     parts, encoder = job.parts, job.encoder.to(_device(local_rank, world))
     todo = [_Part(job, number) for number in range(rank, len(parts), world) if not parts.is_complete(number)]
@@ -95,12 +102,13 @@ def work(job: Job, rank: int, world: int, local_rank: int) -> None:
     workers = job.source.num_workers if len(batches) > FEW else 0
     # Each process has its share of the loader processes, but at least one if there are any.
     loader = _loader(job.source, batches, max(min(workers, 1), workers // world))
-    progress, broken = _Progress(sum(map(len, batches))), list[tuple[int, str, str]]()
+    progress, broken = _Progress(counts), list[tuple[int, str, str]]()
+    progress.add(total=sum(map(len, batches)))
     for part in todo:
         rows = _Rows(job, part)
         for batch in part.batches:
             rows.add(next(loader), encoder)
-            progress.add(len(batch))
+            progress.add(done=len(batch))
         parts.write(part.number, rows.table(), rows.broken)
         broken += rows.broken
         check_broken(parts, job.source.max_broken, broken)
@@ -199,15 +207,28 @@ class _Rows:
 
 
 class _Progress:
-    """Logs the number of images and the speed every ten seconds."""
+    """Numbers of images of one or several processes. The number and the speed are logged every ten seconds.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    Args:
+        counts: shared array of the number of images to compute, and of those that are done. The process that created it
+            logs it, since the processes that it started have no log. None for the counts of this process.
+    """
+
+    def __init__(self, counts: Any = None) -> None:
+        self.counts = multiprocessing.Array("q", 2, lock=True) if counts is None else counts
+        self.logs = counts is None
         self.start = self.logged = time.monotonic()
 
-    def add(self, images: int) -> None:
-        self.done, now = self.done + images, time.monotonic()
-        if now - self.logged > LOG_SECONDS:
-            self.logged = now
-            speed = self.done / (now - self.start)
-            log.info("embed: %s of %s images, %s images/s", f"{self.done:,}", f"{self.total:,}", f"{speed:,.0f}")
+    def add(self, total: int = 0, done: int = 0) -> None:
+        """Add to both numbers."""
+        with self.counts.get_lock():
+            self.counts[0] += total
+            self.counts[1] += done
+        if self.logs and time.monotonic() - self.logged > LOG_SECONDS:
+            self.show()
+
+    def show(self) -> None:
+        """Log the numbers and the speed since the start."""
+        (total, done), self.logged = self.counts[:], time.monotonic()
+        speed = done / (self.logged - self.start)
+        log.info("embed: %s of %s images, %s images/s", f"{done:,}", f"{total:,}", f"{speed:,.0f}")
