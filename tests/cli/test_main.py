@@ -51,7 +51,7 @@ def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):
     result = train(*SHORT, "seed=3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    again = re.search(r"more:\s+python train.py (.*)", result.stdout)[1]
+    again = re.search(r"more:\s+python \S*train.py (.*)", result.stdout)[1]
     result = run(tmp_path, *shlex.split(again), "eval.shift_images=20", "eval.draws=2", limit=120)
     assert result.code == 0, result.err
     first, second = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/*/report.json")))
