@@ -83,6 +83,10 @@ def test_large_images_are_decoded_in_a_second_request(monkeypatch):
     for kind in (decoder.UPLOAD, decoder.UPLOAD.upper()):
         assert decoder.answer(kind, image, steps, 10**6).startswith(decoder.REFUSED + b"413")
         assert decoder.answer(kind, b"\nhello", steps, 10**8).startswith(decoder.REFUSED + b"415")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (2**28, 1)}
+    array = b"\n\x93NUMPY\x01\x00\x76\x00" + str(header).encode().ljust(117) + b"\n"
+    assert decoder.answer(decoder.UPLOAD, array, steps, 10**8) == decoder.LARGER
+    assert decoder.answer(decoder.UPLOAD.upper(), array, steps, 10**7).startswith(decoder.REFUSED + b"413")
 
 
 def test_chunks_that_decompress_to_much_are_refused(monkeypatch):

@@ -32,6 +32,10 @@ _FORMATS = {b"\xff\xd8": ["JPEG"], b"\x89P": ["PNG"]}  # Pillow's formats by the
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
+class ImageSizeError(ValueError):
+    """An array has more bytes than an image may have."""
+
+
 def luma(pixels: Tensor) -> Tensor:
     """Convert RGB to luma (ITU-R BT.601).
 
@@ -258,7 +262,7 @@ def _check_size(shape: Sequence[int], dtype: np.dtype) -> None:
     """Refuse an array before it is decoded if it is larger than an image may be."""
     limit = MAX_BYTES_PER_PIXEL * (Image.MAX_IMAGE_PIXELS or math.inf)
     if math.prod(shape) * dtype.itemsize > limit:
-        raise ValueError(f"an array of shape {list(shape)} and {dtype} is larger than {limit / 1e6:,.0f} MB")
+        raise ImageSizeError(f"an array of shape {list(shape)} and {dtype} is larger than {limit / 1e6:,.0f} MB")
 
 
 def _check_inflated(handle: BinaryIO, offsets: Sequence[int], sizes: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from python_multipart import create_form_parser
 from python_multipart.exceptions import FormParserError
 
 from twoview.data import Preprocess, whole
+from twoview.data.decode import ImageSizeError
 from twoview.errors import UserError
 
 THUMBNAIL = 160  # largest height and width in pixels
@@ -68,7 +69,7 @@ def answer(kind: bytes, content: bytes, steps: Preprocess, max_pixels: int) -> b
         return DONE + thumbnail(os.fsdecode(content))
     except Exception as error:  # Pillow raises exceptions of many classes for damaged files
         status, sentence = _reason(error)
-        if limit < max_pixels and status in (413, 422):
+        if limit < max_pixels and status == 413:
             return LARGER
         return REFUSED + f"{status}{UserError(sentence)}".encode(errors="backslashreplace")
 
@@ -117,7 +118,8 @@ def thumbnail(path: str) -> bytes:
 
 
 def _reason(error: Exception) -> tuple[int, str]:
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    kinds = (Image.DecompressionBombError, Image.DecompressionBombWarning, ImageSizeError)
+    if isinstance(error, kinds) or isinstance(error.__cause__, kinds):
         return 413, f"the image has more than max_pixels={Image.MAX_IMAGE_PIXELS}; send a smaller one"
     if isinstance(error, MemoryError):
         return 413, "decoding the image takes too much memory; send a smaller one"
