@@ -43,7 +43,7 @@ def make_encoder(name="test_resnet", channels=3):
     with torch.no_grad():
         for value in encoder.network.state_dict().values():
             if value.is_floating_point():
-                value.add_(0.1 * torch.rand_like(value))
+                value.add_(0.02 * torch.rand_like(value))
     return encoder.with_card(mean=(0.4,) * channels, std=(0.3,) * channels)
 
 
