@@ -79,7 +79,7 @@ def test_places_that_cannot_be_used_are_one_sentence(photos, tmp_path, caplog):
     serving.listen("0.0.0.0", 0).close()
     assert "can be reached from other machines, and there is no authentication" in caplog.text
     anywhere = ServeSettings(port=0)
-    with pytest.raises(UserError, match="there is no such file; build one with task=index"):
+    with pytest.raises(UserError, match="there is no such file; give one that task=index or task=embed has written"):
         serve(tmp_path / "none.index", settings=anywhere)
     index = Index.load(photos.index)
     index.source = str(tmp_path / "moved.ckpt")
