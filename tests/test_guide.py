@@ -52,10 +52,8 @@ def draw(place, count, seed):
         picture.save(place / f"Foto {i} (ü), schön's = 100%.png")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A home folder in which all commands of the guide have been run, and how each of them ended."""
-    folder = tmp_path_factory.mktemp("home")
+def run_guide(folder):
+    """Run all commands of the guide; return the folder of the pictures, and how each command ended."""
     script = section("From a folder to search")
     pictures = folder / re.search(r'pictures="\$HOME/(.*)"', script)[1]
     for number, label in enumerate(LABELS):
@@ -63,34 +61,28 @@ def home(tmp_path_factory):
     copy = pictures / LABELS[0] / "copy, of 1.jpg"
     Image.open(next((pictures / LABELS[0]).glob("Foto 1 *"))).save(copy, quality=80)
     found = commands(script, folder)
-    return folder, pictures, [(words, run(folder / "work", *words, limit=120)) for words in found]
+    return pictures, [(words, run(folder / "work", *words, limit=250)) for words in found]
 
 
-def test_every_command_of_the_guide_succeeds(home):
-    ended = home[2]
+@pytest.mark.timeout(900)  # seven commands
+def test_every_command_of_the_guide_succeeds(tmp_path):
+    pictures, ended = run_guide(tmp_path)
     tasks = [next((word for word in words if word.startswith("task=")), "task=pretrain") for words, _ in ended]
     wanted = ["pretrain", "evaluate", "export", "embed", "index", "search", "duplicates"]
     assert tasks == [f"task={task}" for task in wanted]
     for words, outcome in ended:
         assert outcome.code == 0, (words, outcome.err)
         assert "Traceback" not in outcome.out + outcome.err
-
-
-def test_the_results_of_the_guide(home):
-    folder, pictures, _ = home
-    results = folder / "twoview results"
+    results = tmp_path / "twoview results"
     assert (results / "evaluation" / "report.html").exists()
     assert twoview.load(results / "backbone").width == twoview.load(results / "run").width
     rows = read_csv(results / "search" / "search.csv")
     assert rows[0]["query"] == rows[0]["path"] == min(map(str, pictures.rglob("*.*")))
     groups = read_csv(results / "duplicates" / "duplicates.csv")
     assert {Path(row["path"]).name for row in groups} >= {"copy, of 1.jpg", "Foto 1 (ü), schön's = 100%.png"}
-
-
-def test_the_command_that_pretraining_prints_can_be_copied(home):
-    folder, pictures, ended = home
+    # The command that pretraining prints can be copied.
     line = re.search(r"^more: +twoview (.*)$", ended[0][1].out, re.M)[1]
-    (words,) = commands(f"python train.py {line}", folder)
+    (words,) = commands(f"python train.py {line}", tmp_path)
     assert f"data.root={pictures}" in words
     check_overrides([quoted(word) for word in words])
 
