@@ -47,8 +47,8 @@ class KNN(Measure):
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose k and temperature on held-out labels, then classify the test images by all training images."""
         train = inputs.train
-        fitted, held_out = (train.at(part) for part in inputs.split())
-        held_out = held_out.at(fixed_sample(len(held_out.labels), self.k_images))
+        fit, held = inputs.split()
+        fitted, held_out = train.at(fit), train.at(held[fixed_sample(len(held), self.k_images)])
         numbers = [k for k in self.k if k <= len(fitted.labels)] or [len(fitted.labels)]
         similarity, position = neighbors(fitted.features, held_out.features, max(numbers), inputs.device)
         grid, votes = list(itertools.product(numbers, self.temperature)), fitted.labels[position]
