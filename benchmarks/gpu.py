@@ -3,11 +3,14 @@
     python benchmarks/gpu.py --json gpu.json
     python benchmarks/gpu.py --small          # a few images on the CPU, to see that it runs
 
-* Training step: images per second of four methods with ResNet-18, 3x3 stem, 32 px, batch 512, bf16 autocast; share of
-  the rate of a large bf16 matrix product on the same device; share of the time that augmentation takes.
-* Whole run: images per second of ``runs.pretrain`` with the same settings, from its log.
+* Augmentation: views per second at 32, 96 and 224 px, beside stock Kornia.
+* NT-Xent: images per second and memory of the loss and its gradient, width 128, fp32, beside the cross-entropy of a
+  whole matrix of logits.
+* Training step: images per second of four methods with ResNet-18, 3x3 stem, 32 px, batch 512, bf16 autocast, and of
+  three settings for ImageNet at 224 px, batch 256; share of the rate of a large bf16 matrix product on the same device;
+  share of the time that augmentation takes; largest memory. The networks are not compiled.
+* Whole run: images per second of ``runs.pretrain`` with the same settings, from its log. The networks are compiled.
 * Waits: host synchronizations of one step, counted by the debug mode of CUDA; none on a CPU.
-* Augmentation: milliseconds for both views at 32, 96 and 224 px, beside stock Kornia.
 """
 
 import argparse
@@ -16,9 +19,10 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import augment
+import losses
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from side_by_side import begin, median_seconds, rates, save
@@ -43,15 +47,32 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
+class Setting(NamedTuple):
+    """What is trained: method, network, batch size, height and width of the views in pixels, knobs of the recipe."""
+
+    method: str
+    backbone: str
+    batch: int
+    size: int
+    recipe: dict[str, Any]
+
+
+LARGE = [("SimCLR", "resnet50"), ("MoCo", "resnet50"), ("MoCo v3", "vit_small_patch16_224")]
+SETTINGS = [Setting(name, "resnet18", 512, 32, SMALL_RECIPE) for name in METHODS]
+SETTINGS += [Setting(name, backbone, 256, 224, {}) for name, backbone in LARGE]
+SMALL_SETTINGS = [Setting(name, "test_resnet", 8, 16, SMALL_RECIPE) for name in METHODS]
+
+
 class Training:
     """One training step of a method, as the Trainer does it: views, autocast, optimizer, EMA, queue."""
 
-    def __init__(self, name: str, backbone: str, batch: int, size: int, device: torch.device) -> None:
+    def __init__(self, setting: Setting, device: torch.device) -> None:
         torch.manual_seed(0)
-        network, width = create_backbone(backbone, image_size=size)
-        method = METHODS[name](network, projection_head(width))
+        batch, size = setting.batch, setting.size
+        network, width = create_backbone(setting.backbone, image_size=size)
+        method = METHODS[setting.method](network, projection_head(width))
         self.method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.augment = TwoViews(size, 3, [0.5] * 3, [0.25] * 3, **SMALL_RECIPE).to(device)
+        self.augment = TwoViews(size, 3, [0.5] * 3, [0.25] * 3, **setting.recipe).to(device)
         self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
         self.ids, self.labels = torch.arange(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
         self.optimizer = OptimizerSettings().build(method, batch)
@@ -115,46 +136,91 @@ class Clock(DummyLogger):  # type: ignore[misc]
         self.times.append((step or 0, time.perf_counter()))
 
 
-def whole_run(name: str, backbone: str, batch: int, size: int, steps: int) -> float:
+def whole_run(setting: Setting, steps: int) -> float:
     """Images per second of a run between the first logged step after a fifth of it and the last."""
     clock = Clock()
     recipe = Recipe(
-        method=METHODS[name],
-        backbone=partial(create_backbone, backbone, image_size=size),
-        augment=partial(TwoViews, **SMALL_RECIPE),
+        method=METHODS[setting.method],
+        backbone=partial(create_backbone, setting.backbone, image_size=setting.size),
+        augment=partial(TwoViews, **setting.recipe),
     )
     length = TrainerSettings(max_epochs=None, max_steps=steps, log_every=5, check_every=0)
-    data = partial(fake, image_size=size, batch_size=batch, images=8 * batch)
+    data = partial(fake, image_size=setting.size, batch_size=setting.batch, images=8 * setting.batch)
     with tempfile.TemporaryDirectory() as folder:
         runs.pretrain(data, recipe, length, run=RunSettings(run_dir=folder, loggers=[clock]))
     settled = [entry for entry in clock.times if entry[0] >= steps // 5]
     (first, start), (last, end) = settled[0], settled[-1]
-    return batch * (last - first) / (end - start)
+    return setting.batch * (last - first) / (end - start)
 
 
-def steps_table(backbone: str, batch: int, size: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Print and return a row for each method."""
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Largest memory of tensors on the GPU during a call, beyond that before it; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def shown_bytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e9:,.2f} GB"
+
+
+def steps_table(settings: list[Setting], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Print and return a row for each setting."""
     peak = product_rate(device, 8192 if device.type == "cuda" else 256, repeats)
     print(f"\nbf16 matrix product: {peak / 1e12:,.1f} TFLOP/s\n")
-    print("| method | images/s | images/s, whole run | share of the matrix product | augmentation | waits per step |")
-    print("|---|---|---|---|---|---|")
+    columns = ["method", "network", "images/s", "images/s, whole run", "share of the matrix product", "augmentation"]
+    columns += ["waits per step", "memory of a step"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     rows = []
-    for name in METHODS:
-        training = Training(name, backbone, batch, size, device)
+    for setting in settings:
+        training = Training(setting, device)
         seconds = median_seconds({"step": training.step, "views": training.views}, repeats, warm_up=3)
         row = {
-            "method": name,
-            "per_second": batch / seconds["step"],
-            "whole_run_per_second": whole_run(name, backbone, batch, size, 10 * repeats),
+            **setting._asdict(),
+            "per_second": setting.batch / seconds["step"],
             "share_of_product": training.flops() / seconds["step"] / peak,
             "share_of_augmentation": seconds["views"] / seconds["step"],
             "waits": count_waits(training.step),
+            "bytes": peak_bytes(training.step, device),
         }
+        del training
+        row["whole_run_per_second"] = whole_run(setting, 10 * repeats)
         rows.append(row)
         waits = "-" if row["waits"] is None else row["waits"]
         shares = f"{row['share_of_product']:.1%} | {row['share_of_augmentation']:.1%}"
         speeds = f"{row['per_second']:,.0f} | {row['whole_run_per_second']:,.0f}"
-        print(f"| {name} | {speeds} | {shares} | {waits} |", flush=True)
+        shown = f"| {setting.method} | {setting.backbone}, {setting.size} px, batch {setting.batch} "
+        print(f"{shown}| {speeds} | {shares} | {waits} | {shown_bytes(row['bytes'])} |", flush=True)
+    return rows
+
+
+def gradient(loss: losses.Loss, tensors: list[Tensor]) -> None:
+    """Compute a loss and its gradient."""
+    loss(*tensors).backward()
+
+
+def losses_table(numbers: list[int], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Print and return a row for each implementation of NT-Xent and each number of images."""
+    rows: list[dict[str, Any]] = []
+    print("\n| images | NT-Xent | images/s | ratio to the last | memory |\n|---|---|---|---|---|", flush=True)
+    for images in numbers:
+        tensors = losses.embeddings(images, device)
+        names = ["twoview", "plain"] if images <= losses.LARGEST_OF_OTHERS else ["twoview"]
+        made = {name: losses.loss_of(name) for name in names}
+        made = {"twoview, bf16 products": partial(made["twoview"], products="bf16"), **made}
+        calls = {name: partial(gradient, loss, tensors) for name, loss in made.items()}
+        medians = median_seconds(calls, repeats, warm_up=2)
+        for name, call in calls.items():
+            row = {"images": images, "name": name, "per_second": images / medians[name]}
+            row |= {"ratio": medians[names[-1]] / medians[name], "bytes": peak_bytes(call, device)}
+            rows.append(row)
+            speed = f"{row['per_second']:,.0f} | {row['ratio']:.2f}"
+            print(f"| {images:,} | {name} | {speed} | {shown_bytes(row['bytes'])} |", flush=True)
     return rows
 
 
@@ -181,8 +247,8 @@ def main() -> None:
     for name, size, source, batch, knobs in settings:
         made = augment.cases(size, source, 3, batch, knobs, str(device), others=False)
         rows += rates(name, made, 2 * batch, given.repeats)
-    backbone, batch, size = ("test_resnet", 8, 16) if given.small else ("resnet18", 512, 32)
-    provenance["steps"] = steps_table(backbone, batch, size, given.repeats, device)
+    provenance["losses"] = losses_table([16] if given.small else [512, 8192, 65536], given.repeats, device)
+    provenance["steps"] = steps_table(SMALL_SETTINGS if given.small else SETTINGS, given.repeats, device)
     save(given.json, provenance, rows)
 
 

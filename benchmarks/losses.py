@@ -36,7 +36,7 @@ def plain(z_a: Tensor, z_b: Tensor) -> Tensor:
     """NT-Xent as the cross-entropy of a whole matrix of logits."""
     n, z = len(z_a), F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = (z @ z.T / TEMPERATURE).fill_diagonal_(-torch.inf)
-    return F.cross_entropy(logits, torch.arange(2 * n).roll(n))
+    return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
 
 
 def loss_of(name: str) -> Loss:
@@ -77,9 +77,9 @@ def extra_memory(name: str, images: int) -> Callable[[], float]:
     return run
 
 
-def embeddings(images: int) -> list[Tensor]:
+def embeddings(images: int, device: torch.device | str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(images, WIDTH, generator=generator).requires_grad_() for _ in range(2)]
+    return [torch.randn(images, WIDTH, generator=generator).to(device).requires_grad_() for _ in range(2)]
 
 
 def status(key: str) -> float:
