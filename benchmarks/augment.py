@@ -74,12 +74,16 @@ def cases(
     images = torch.randint(0, 256, (batch, channels, source, source), dtype=torch.uint8, generator=generator).to(device)
     recipe = ViewRecipe(**knobs).adjusted(channels=channels, allow_flip=True, min_crop_area=0.0)
 
-    def ours(engine: str) -> Call:
+    def ours(engine: str, compiled: bool = False) -> Call:
         augment = TwoViews(size, channels, [0.5] * channels, [0.25] * channels, engine=engine, **knobs).to(device)
+        for module in augment.compilable if compiled else ():
+            module.compile()
         counter = iter(range(10**9))
         return lambda: augment(images, key=(0, next(counter)))
 
     found = {f"twoview {engine}": ours(engine) for engine in ("fast", "fused", "kornia")}
+    if device != "cpu":
+        found = {f"twoview {engine}, compiled": ours(engine, compiled=True) for engine in ("fast", "fused")} | found
     if others:
         of_pil, of_tensor = (torchvision_transform(recipe, size, channels, kind) for kind in (v1, v2))
         pictures = [TF.to_pil_image(image.cpu()) for image in images]

@@ -8,8 +8,9 @@
   whole matrix of logits.
 * Training step: images per second of four methods with ResNet-18, 3x3 stem, 32 px, batch 512, bf16 autocast, and of
   three settings for ImageNet at 224 px, batch 256; share of the rate of a large bf16 matrix product on the same device;
-  share of the time that augmentation takes; largest memory. The networks are not compiled.
-* Whole run: images per second of ``runs.pretrain`` with the same settings, from its log. The networks are compiled.
+  share of the time that augmentation takes; largest memory. The augmentation is compiled, the networks are not.
+* Whole run: images per second of ``runs.pretrain`` with the same settings, from its log. Networks and
+  augmentation are compiled.
 * Waits: host synchronizations of one step, counted by the debug mode of CUDA; none on a CPU.
 """
 
@@ -73,6 +74,8 @@ class Training:
         method = METHODS[setting.method](network, projection_head(width))
         self.method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.augment = TwoViews(size, 3, [0.5] * 3, [0.25] * 3, **setting.recipe).to(device)
+        for module in self.augment.compilable:
+            module.compile()
         self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
         self.ids, self.labels = torch.arange(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
         self.optimizer = OptimizerSettings().build(method, batch)
@@ -147,7 +150,7 @@ def whole_run(setting: Setting, steps: int) -> float:
     length = TrainerSettings(max_epochs=None, max_steps=steps, log_every=5, check_every=0)
     data = partial(fake, image_size=setting.size, batch_size=setting.batch, images=8 * setting.batch)
     with tempfile.TemporaryDirectory() as folder:
-        runs.pretrain(data, recipe, length, run=RunSettings(run_dir=folder, loggers=[clock]))
+        runs.pretrain(data, recipe, length, None, RunSettings(run_dir=folder, loggers=[clock]))
     settled = [entry for entry in clock.times if entry[0] >= steps // 5]
     (first, start), (last, end) = settled[0], settled[-1]
     return setting.batch * (last - first) / (end - start)

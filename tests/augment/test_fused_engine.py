@@ -69,10 +69,14 @@ def test_the_whole_chain_is_torchvisions(size, shape, channels, knobs, block, mo
     n = len(images)
     draws = Draws.of(views.recipes, np.tile(shape, (n, 1)), derive_seed(KEY))
     rows = range(2 * n)
+    if views.compilable:  # as on a GPU
+        together = views.engine.make_together(images, draws, np.array(rows), views.mean, views.std)
+        found = torch.stack([found, together * 0.25 + 0.5])
     expected = torch.stack([expected_view(images[r % n], draws, r, views.recipes[r // n], size) for r in rows])
     # Solarization is discontinuous at one half.
     near_half = (expected - 0.5).abs() < 1e-5
-    assert_close(torch.where(near_half, expected, found), expected, atol=1e-5, rtol=0)
+    found = torch.where(near_half, expected, found)
+    assert_close(found, expected.expand_as(found), atol=1e-5, rtol=0)
     assert near_half.float().mean() < 0.01
 
 
@@ -191,3 +195,23 @@ def test_views_of_pieces_are_those_of_the_batch_to_the_last_bit(
                     assert torch.equal(piece, view[part])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("engine", ["fused", "fast"])
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_the_views_of_a_gpu_are_one_graph_for_the_compiler(engine, monkeypatch):
+    monkeypatch.setattr(fused_engine, "GPU_BLOCK", 6 * 40 * 40)  # 12 views in two blocks
+    views = TwoViews(32, 3, [0.5] * 3, [0.25] * 3, view_b={"solarize_p": 0.5}, engine=engine)
+    images, rows = photos(6, 40, 40), np.arange(12)
+    draws = views.draw(images, KEY)
+    expected = views.engine.make_in_groups(images, draws, rows, views.mean, views.std)
+    (whole,) = views.compilable
+    whole.compile(backend="eager", fullgraph=True)
+    found = views.engine.make_together(images, draws, rows, views.mean, views.std)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert ((found - expected).abs() > 1e-4).float().mean() < 1e-3  # except where a value is solarized or not
+
+
+def test_only_crops_that_are_interpolated_together_can_be_compiled():
+    assert TwoViews(32, 3, [0.5] * 3, [0.25] * 3, interpolation="bicubic").compilable == []
+    assert TwoViews(32, 3, [0.5] * 3, [0.25] * 3, engine="kornia").compilable == []

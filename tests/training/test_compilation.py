@@ -36,7 +36,9 @@ def steps(method):
 def test_compiled_networks_learn_the_same_and_keep_their_names():
     expected, method = steps(tiny()), tiny()
     names, calls = list(method.state_dict()), []
-    with compiled(method, enabled=True):
+    other = nn.Identity()
+    with compiled(method, enabled=True, others=[other]):
+        assert other._compiled_call_impl is not None
         assert list(method.state_dict()) == names
         for network in (method.backbone, method.key_encoder.copy):
             call = network._compiled_call_impl
@@ -47,6 +49,7 @@ def test_compiled_networks_learn_the_same_and_keep_their_names():
             assert method.backbone._compiled_call_impl is None
         assert method.backbone._compiled_call_impl is not None
     assert method.backbone._compiled_call_impl is None
+    assert other._compiled_call_impl is None
     assert method.key_encoder.copy._compiled_call_impl is None
     for ours, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)

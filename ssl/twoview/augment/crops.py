@@ -47,7 +47,7 @@ class ExactCrops:
             fp32 ``[M, C, size, size]`` in [0, 255].
         """
         if self.plain and not (pixels.device.type == "cpu" and self.size >= SLICED_FROM):
-            return self._sampled(pixels, images, values, extent)
+            return self.sampled(pixels, images, values, extent)
         boxes = draws.boxes[rows]
         views = torch.empty(len(rows), pixels.shape[1], self.size, self.size, device=pixels.device)
         for i, (row, (top, left, height, width)) in enumerate(zip(rows.tolist(), boxes.tolist(), strict=True)):
@@ -58,7 +58,8 @@ class ExactCrops:
             views[i] = view.flip(-1) if draws.flips[row] else view
         return views.clamp_(0, 255)  # bicubic interpolation exceeds the range
 
-    def _sampled(self, pixels: Tensor, images: Tensor, values: Tensor, extent: Extent) -> Tensor:
+    def sampled(self, pixels: Tensor, images: Tensor, values: Tensor, extent: Extent) -> Tensor:
+        """Crop, resize and flip all together, by bilinear interpolation; arguments are those of :meth:`__call__`."""
         # Only the part of the images that contains all boxes is converted to float.
         top, left, bottom, right = extent
         part = pixels.index_select(0, images)[:, :, top:bottom, left:right].float()
@@ -78,12 +79,18 @@ class NearestCrops:
         size: height and width of the views in pixels.
     """
 
+    plain = True
+
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(
         self, pixels: Tensor, draws: Draws, rows: np.ndarray, images: Tensor, values: Tensor, extent: Extent
     ) -> Tensor:
+        """Crop, resize and flip; arguments and result are those of :class:`ExactCrops`."""
+        return self.sampled(pixels, images, values, extent)
+
+    def sampled(self, pixels: Tensor, images: Tensor, values: Tensor, extent: Extent) -> Tensor:
         """Crop, resize and flip; arguments and result are those of :class:`ExactCrops`."""
         c, height, width = pixels.shape[1:]
         kind = torch.int32 if pixels.numel() < 2**31 else torch.int64

@@ -9,6 +9,7 @@ from twoview.augment.recipe import ViewRecipe
 
 ATTEMPTS = 10  # to draw a box that fits, as in torchvision
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbers of the color operations
+FIRST_JITTER = 9  # first column of a table that belongs to the color jitter
 
 
 class Draws(NamedTuple):
@@ -45,6 +46,21 @@ class Draws(NamedTuple):
         """
         generator = np.random.default_rng(seed)
         return cls(*map(np.concatenate, zip(*(_draw(r, sizes, generator) for r in recipes), strict=True)))
+
+    def table(self, images: int, jitter: np.ndarray) -> np.ndarray:
+        """Collect what a device needs to know of each view.
+
+        Args:
+            images: number of images N; view r is made of image r % N.
+            jitter: float64 ``[M, K]``, coefficients of the color jitter.
+
+        Returns:
+            float64 ``[M, 9 + K]``: box, -1 for a flip and else 1, standard deviation of the blur, 1 if the view becomes
+            gray, 1 if it is solarized, position of the image, coefficients of the color jitter.
+        """
+        directions, positions = np.where(self.flips, -1, 1), np.arange(len(self.flips)) % images
+        columns = np.stack([directions, self.sigmas, self.grays, self.solarized, positions], 1)
+        return np.concatenate([self.boxes, columns, jitter], 1)
 
 
 def _draw(recipe: ViewRecipe, sizes: np.ndarray, generator: np.random.Generator) -> Draws:

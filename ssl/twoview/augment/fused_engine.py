@@ -1,23 +1,22 @@
 """Views made in few passes over the images: both views of a batch at once, with parameters drawn on the host."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twoview.augment.crops import ExactCrops, NearestCrops
-from twoview.augment.draws import Draws
+from twoview.augment.crops import ExactCrops
+from twoview.augment.draws import FIRST_JITTER, Draws
 from twoview.augment.jitter import ExactJitter
-from twoview.augment.jitter_matrix import MatrixJitter
 from twoview.augment.operations import gaussian_blur, solarize
 from twoview.augment.recipe import ViewRecipe, blur_kernel
+from twoview.augment.whole_batch import Crops, Jitter, WholeBatch
 
 # Largest number of values of a channel that are computed together. On a CPU they stay in its cache (measured).
 CPU_BLOCK, GPU_BLOCK = 2**17, 2**25
-Crops = ExactCrops | NearestCrops
-Jitter = ExactJitter | MatrixJitter
 
 
 class _Block(NamedTuple):
@@ -41,7 +40,8 @@ class Engine:
     """Makes the views of a batch; equal to torchvision's operations with the same parameters.
 
     All parameters are drawn on the host from the seed, so a run has the same views on every device. They are copied to
-    the device in two transfers that the host does not wait for.
+    the device without the host waiting for it. On a CPU, each operation is computed only for the views for which it was
+    drawn; on other devices, for all views together, unless crops are interpolated one by one.
 
     Args:
         recipes: recipe of the first and of the second view.
@@ -53,6 +53,11 @@ class Engine:
         self.recipes, self.size = recipes, image_size
         self.crop: Crops = ExactCrops(recipes, image_size)
         self.jitter: Jitter = ExactJitter(recipes)
+
+    @cached_property
+    def whole(self) -> WholeBatch | None:
+        """Makes the views on other devices than a CPU; None if crops are interpolated one by one."""
+        return WholeBatch(self.recipes, self.size, self.crop, self.jitter) if self.crop.plain else None
 
     def draw(self, pixels: Tensor, sizes: Tensor | None, seed: int) -> Draws:
         """Draw the parameters of the views of all images.
@@ -81,25 +86,36 @@ class Engine:
         Returns:
             Two views, fp32 ``[M, C, S, S]`` each, normalized, in channels_last memory format.
         """
+        rows = np.arange(2 * len(pixels)).reshape(2, -1)[:, part].ravel()
+        together = self.whole is not None and pixels.device.type != "cpu"
+        views = (self.make_together if together else self.make_in_groups)(pixels, draws, rows, mean, std)
+        return views[: len(rows) // 2], views[len(rows) // 2 :]
+
+    def make_together(self, pixels: Tensor, draws: Draws, rows: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
+        """Make the views of some rows of the draws by the same operations, see :class:`WholeBatch`."""
+        columns = draws.table(len(pixels), self.jitter.columns(draws))[rows]
+        table = _to_device(torch.from_numpy(columns).float(), pixels.device)
+        length = max(1, GPU_BLOCK // max(self.size**2, pixels.shape[2:].numel()))
+        parts = [self.whole(pixels, part, mean, std) for part in table.split(length)]  # type: ignore[misc]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def make_in_groups(self, pixels: Tensor, draws: Draws, rows: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
+        """Make the views of some rows of the draws, each operation only where it was drawn."""
         n, c = pixels.shape[:2]
-        of_views = np.full((2, n), -1)
-        m = of_views[0, part].size
-        of_views[:, part] = np.arange(2 * m).reshape(2, m)
-        places = of_views.ravel()  # place of each row of the draws in the result; -1 for those that are not computed
+        places = np.full(2 * n, -1)  # place of each row of the draws in the result; -1 for those that are not computed
+        places[rows] = np.arange(len(rows))
         blocks = list(self._blocks(draws, places, pixels))
-        directions, sigmas = np.where(draws.flips, -1, 1)[:, None], draws.sigmas[:, None]
-        columns = np.concatenate([draws.boxes, directions, sigmas, self.jitter.columns(draws)], 1)
-        computed = np.concatenate([block.rows for block in blocks])
-        table = _to_device(torch.from_numpy(columns[computed]).float(), pixels.device)
+        columns = draws.table(n, self.jitter.columns(draws))[np.concatenate([block.rows for block in blocks])]
+        table = _to_device(torch.from_numpy(columns).float(), pixels.device)
         positions = [each for block in blocks for each in _positions(draws, block.rows, places)]
         indices = _to_device(torch.from_numpy(np.concatenate(positions)), pixels.device)
         parts = indices.split(list(map(len, positions)))
-        views = torch.empty(2 * m, c, self.size, self.size, device=pixels.device, memory_format=torch.channels_last)
+        views = torch.empty(len(rows), c, self.size, self.size, device=pixels.device, memory_format=torch.channels_last)
         for i, block in enumerate(blocks):
-            images, rows, grays, blurred, solarized = parts[5 * i : 5 * i + 5]
+            images, own, grays, blurred, solarized = parts[5 * i : 5 * i + 5]
             values = table[block.place]
             view = self.crop(pixels, draws, block.rows, images, values, _extent(draws.boxes[block.whole])).div_(255)
-            view = self.jitter(view, values[:, 6:], block.group, grays)
+            view = self.jitter(view, values[:, FIRST_JITTER:], block.group, grays)
             if len(blurred):
                 largest = float(draws.sigmas[block.whole].max())
                 soft = gaussian_blur(view[blurred], values[blurred, 5], blur_kernel(self.size), largest)
@@ -107,8 +123,8 @@ class Engine:
             if len(solarized):
                 view.index_copy_(0, solarized, solarize(view[solarized]))
             view = view.sub_(mean).div_(std)
-            views.index_copy_(0, rows, view.contiguous(memory_format=torch.channels_last))
-        return views[:m], views[m:]
+            views.index_copy_(0, own, view.contiguous(memory_format=torch.channels_last))
+        return views
 
     def _blocks(self, draws: Draws, places: np.ndarray, pixels: Tensor) -> Iterator[_Block]:
         groups = self.jitter.groups(draws)

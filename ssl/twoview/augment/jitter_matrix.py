@@ -34,6 +34,10 @@ class MatrixJitter:
         parts = np.stack([scale, color * np.cos(angle), color * np.sin(angle)], 1)
         return np.concatenate([parts @ _PARTS, (drawn[:, BRIGHTNESS] - scale)[:, None]], 1)
 
+    def together(self, views: Tensor, columns: Tensor, grays: Tensor) -> Tensor:
+        """Same as :meth:`__call__`."""
+        return self(views, columns, 0, grays)
+
     def __call__(self, views: Tensor, columns: Tensor, group: int, grays: Tensor) -> Tensor:
         """Apply jitter and grayscale.
 

@@ -81,11 +81,10 @@ def shift_hue(views: Tensor, turns: Tensor) -> Tensor:
     distance = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp(min=1e-12)).add_(1)
     hue = torch.copysign(distance, green - blue, out=distance).add_(turns * 6)
     hue.sub_((hue / 6).floor_(), alpha=6)
-    shifted = torch.empty_like(views)
-    torch.addcmul(smallest, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=shifted[:, 0])
-    torch.addcmul(largest, chroma, (hue - 2).abs_().sub_(1).clamp_(0, 1), value=-1, out=shifted[:, 1])
-    torch.addcmul(largest, chroma, (hue - 4).abs_().sub_(1).clamp_(0, 1), value=-1, out=shifted[:, 2])
-    return shifted
+    red = torch.addcmul(smallest, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1))
+    green = torch.addcmul(largest, chroma, (hue - 2).abs_().sub_(1).clamp_(0, 1), value=-1)
+    blue = torch.addcmul(largest, chroma, (hue - 4).abs_().sub_(1).clamp_(0, 1), value=-1)
+    return torch.stack([red, green, blue], 1)
 
 
 def gaussian_blur(views: Tensor, sigmas: Tensor, kernel_size: int, largest_sigma: float) -> Tensor:

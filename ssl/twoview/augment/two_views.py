@@ -91,6 +91,12 @@ class TwoViews(nn.Module):
         known = {"image_size": self.image_size, **normalization, **self.limits, "engine": self.engine_name}
         return type(self)(**{**known, **recipe})
 
+    @property
+    def compilable(self) -> list[nn.Module]:
+        """Modules that make the views on a GPU, of which ``torch.compile`` joins the operations."""
+        whole = getattr(self.engine, "whole", None)
+        return [] if whole is None else [whole]
+
     def draw(self, pixels: Tensor, key: Sequence[int] | None = None, sizes: Tensor | None = None) -> Any:
         """Draw the random parameters of the views of a batch, from which :meth:`forward` makes the views of its parts.
 

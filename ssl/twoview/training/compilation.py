@@ -1,11 +1,11 @@
-"""Compilation of the networks by torch.compile during training."""
+"""Compilation of networks and augmentation by torch.compile during training."""
 
 import contextlib
 import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -52,8 +52,8 @@ def _missing(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def compiled(method: Method, enabled: bool) -> Iterator[None]:
-    """Within this context, the backbone and the momentum encoders of a method are compiled.
+def compiled(method: Method, enabled: bool, others: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Within this context, the backbone and the momentum encoders of a method are compiled, and some other modules.
 
     The modules stay as they are, with the same names of tensors in a state dict. Evaluation afterwards, and that of the
     exported network, run without compilation.
@@ -61,12 +61,13 @@ def compiled(method: Method, enabled: bool) -> Iterator[None]:
     Args:
         method: method whose networks are compiled.
         enabled: whether to do anything.
+        others: further modules that are compiled.
 
     Raises:
         UserError: if a network cannot be compiled.
     """
     copies = [module.copy for module in method.modules() if isinstance(module, MomentumCopy)]
-    networks: list[nn.Module] = [method.backbone, *copies] if enabled else []
+    networks: list[nn.Module] = [method.backbone, *copies, *others] if enabled else []
     for network in networks:
         network.compile()
     try:

@@ -158,7 +158,7 @@ def train(prepared: Prepared) -> dict[str, Any]:
     optimizer = module.configure_optimizers()  # only to describe it; the Trainer builds another one
     _log_start(prepared, optimizer)
     start = time.perf_counter()
-    with compiled(module.method, prepared.compile):
+    with compiled(module.method, prepared.compile, module.augment.compilable):
         fit(trainer, module, PretrainingData(images, run.seed), stopped["path"] if stopped else None)
     seen = batches_completed(trainer) * images.batch_size
     return {
