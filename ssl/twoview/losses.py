@@ -88,7 +88,7 @@ def nt_xent(
     parameters = check_loss_arguments(temperature, variant, **options)
     n = len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):  # bf16 logits lose digits at small temperatures
-        z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
+        z_2ND = l2_normalize(torch.cat([z_a, z_b]))
         images = torch.arange(n, device=z_a.device)[anchors]
         views = torch.cat([images, images + n])
         own = torch.stack([views, views.roll(len(images))], 1)
@@ -235,7 +235,7 @@ def sup_con(
         raise ValueError(f"sup_con needs labels [{len(z_a)}], not {list(labels.shape)}")
     parameters, n = check_loss_arguments(temperature), len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):
-        z_2ND = torch.cat([l2_normalize(z_a), l2_normalize(z_b)])
+        z_2ND = l2_normalize(torch.cat([z_a, z_b]))
         # The mean logit of the positives is the logit of their mean. Row c of ``sums`` is the sum over all views of a
         # class, where c is the place of the class in the sorted labels, or of an image without a label.
         images = torch.arange(n, device=z_a.device)
