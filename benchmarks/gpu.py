@@ -49,7 +49,15 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 class Setting(NamedTuple):
-    """What is trained: method, network, batch size, height and width of the views in pixels, knobs of the recipe."""
+    """What is trained.
+
+    Attributes:
+        method: key of ``METHODS``.
+        backbone: name of the network.
+        batch: number of images per step.
+        size: height and width of the views in pixels.
+        recipe: knobs of the augmentation.
+    """
 
     method: str
     backbone: str

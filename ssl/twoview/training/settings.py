@@ -97,8 +97,8 @@ class TrainerSettings:
             whole batch. The loss and its gradient are those of the whole batch, see
             :mod:`twoview.training.gradient_caching`.
         clip: largest norm of the gradient, > 0; None for no clipping.
-        compile: whether to compile the backbone and its momentum copy by ``torch.compile``; "auto" does so on CUDA.
-            Compilation takes up to a minute at the start.
+        compile: whether to compile the backbone, its momentum copy and the augmentation by ``torch.compile``; "auto"
+            does so on CUDA. Compilation takes about a minute at the start.
         skip_nonfinite: largest number of batches that are skipped because the loss is not finite, >= 0; a further such
             batch ends the run with an error. Above 0, every step waits for its loss. At 0, an accelerator reads the
             losses of several steps together and before every save.
