@@ -40,7 +40,6 @@ def test_automatic_precision_of_depthwise_networks_on_a_cpu_is_fp32():
     assert dense == ("bf16-mixed" if native else "32-true")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_accelerator_is_refused(tmp_path):
     with pytest.raises(UserError, match="trainer.accelerator=gpu"):
         pretrain(tmp_path, trainer=replace(CPU, accelerator="gpu"))
