@@ -21,6 +21,7 @@ from twoview.evaluation.integrity import SIDE, Shared, thumbnails
 from twoview.evaluation.measure import Inputs, Labelled, Measure, Thumbnails
 from twoview.evaluation.phases import INTERRUPTED, OUT_OF_MEMORY, Taken, take
 from twoview.evaluation.probe import Prediction
+from twoview.evaluation.projection import DIRECTIONS, fit_projection
 from twoview.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def evaluate(
         A part of the report, and the evidence. The part of the report has these keys:
 
         * ``results``: metrics of each measure, for "trained" and for each baseline;
-        * ``protocol``: all settings, and the numbers of training and test images;
+        * ``protocol``: all settings, the numbers of training and test images, and ``pixel_directions``, the number of
+          features to which raw pixels are projected if they are more;
         * ``figures``: accuracies on held-out training labels, which a sweep can select by;
         * ``integrity``: metrics of :class:`twoview.evaluation.integrity.Integrity`, if this measure is taken;
         * ``missing``: reasons why parts have no results, by network and name of the part, if there are such parts;
@@ -96,7 +98,10 @@ def evaluate(
     inputs = partial(_inputs, encoder, images, views, settings, seed, small)
 
     def baseline(name: str, network: Encoder | None) -> dict[str, Any]:
-        taken = take(settings.measures, inputs(name, network), test.labels)
+        given = inputs(name, network)
+        taken = take(settings.measures, given, test.labels)
+        if given.projection is not None:
+            taken.found["projection"] = given.projection.facts()
         if taken.missing:
             raise _Incomplete(taken)
         return taken.found
@@ -120,9 +125,10 @@ def evaluate(
         if found:
             results[name] = found
     predictions = {name: p for name, p in taken.chosen.items() if isinstance(p, Prediction)}
+    sizes = {"train_images": len(train), "test_images": len(test), "pixel_directions": DIRECTIONS}
     report = {
         "results": results,
-        "protocol": {**settings.knobs(), "train_images": len(train), "test_images": len(test)},
+        "protocol": {**settings.knobs(), **sizes},
         "figures": {f"val/{probe}_top1": p.chosen.get("val_top1") for probe, p in predictions.items()},
         **({} if integrity is None else {"integrity": integrity}),
         **({"missing": {name: row for name, row in missing.items() if row}} if any(missing.values()) else {}),
@@ -148,8 +154,10 @@ def _inputs(
     log.info("evaluation: %s", name)
     train, test = images.labelled
     with progress.part(f"{name}: features"):
+        projection = None if network is not None else fit_projection(small["train"].pixels, encoder.device)
+        basis = projection and projection.basis
         ours, theirs = (
-            pixel_features(small[split].pixels, settings.memory, settings.cache)
+            pixel_features(small[split].pixels, settings.memory, settings.cache, basis)
             if network is None
             else network_features(
                 network.to(encoder.device), source, images.batch_size, settings.memory, settings.cache
@@ -173,6 +181,7 @@ def _inputs(
         split_seed=split_seed(encoder.card, seed),
         device=encoder.device,
         batch_size=images.batch_size,
+        projection=projection,
     )
 
 
@@ -219,5 +228,5 @@ def seen_labels(card: ModelCard, labels: Tensor, holdout: float) -> dict[str, li
 
 
 def _is_result(measures: Sequence[Measure], found: Any) -> bool:
-    names = {measure.name for measure in measures}
+    names = {"projection", *(measure.name for measure in measures)}
     return isinstance(found, dict) and found.keys() <= names and all(isinstance(row, dict) for row in found.values())

@@ -11,6 +11,7 @@ from twoview.data import ImageData
 from twoview.encoder import Encoder
 from twoview.evaluation.measure import Workload
 from twoview.evaluation.progress import duration
+from twoview.evaluation.projection import DIRECTIONS, projects
 from twoview.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ def announce(encoder: Encoder, images: ImageData, settings: EvaluationSettings, 
     image_seconds, width = _image_seconds(encoder, images)
     widths = {"trained": width}
     if settings.baselines:
-        widths |= {"random initialization": width, "raw pixels": encoder.card.channels * side**2}
+        pixels = encoder.card.channels * side**2
+        projected = DIRECTIONS if projects(len(train), pixels) else pixels
+        widths |= {"random initialization": width, "raw pixels": projected}
     speed, expected = _operation_seconds(encoder.device), {}
     for name, features in widths.items():
         each = 0.0 if name == "raw pixels" else image_seconds

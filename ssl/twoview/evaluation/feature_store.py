@@ -148,22 +148,27 @@ def network_features(
     return features
 
 
-def pixel_features(pixels: Tensor, memory: float | str | None = None, folder: str | None = None) -> Tensor:
-    """Return pixels as features in [0, 1].
+def pixel_features(
+    pixels: Tensor, memory: float | str | None = None, folder: str | None = None, basis: Tensor | None = None
+) -> Tensor:
+    """Return pixels as features in [0, 1], or the projection of these features.
 
     Args:
         pixels: uint8 ``[N, C, s, s]``.
         memory: see :func:`memory_limit`.
         folder: folder of a temporary file; see :func:`collect_features`.
+        basis: fp32 ``[C * s * s, K]``, directions of the projection, each a column; None for no projection.
 
     Returns:
-        fp32 ``[N, C * s * s]`` on the CPU, in memory or in a file; see :func:`collect_features`.
+        fp32 ``[N, C * s * s]`` or ``[N, K]`` on the CPU, in memory or in a file; see :func:`collect_features`.
 
     Raises:
         UserError: if the disk has no room for them.
     """
-    parts = (part.flatten(1).float() / 255 for part in pixels.split(ROWS))
-    return collect_features(lambda: parts, (len(pixels), pixels[0].numel()), memory, folder)
+    shares = (part.flatten(1).float() / 255 for part in pixels.split(ROWS))
+    parts = (part if basis is None else part @ basis for part in shares)
+    width = pixels[0].numel() if basis is None else basis.shape[1]
+    return collect_features(lambda: parts, (len(pixels), width), memory, folder)
 
 
 def _writable(folder: str | None) -> Path | None:

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from twoview.errors import require, require_at_least, require_positive
-from twoview.evaluation.logistic import feature_scale, fit_linear
+from twoview.evaluation.logistic import fit_linear
 from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Workload
 from twoview.evaluation.probe import accuracy, linear_scores
 from twoview.evaluation.progress import track
@@ -64,7 +64,7 @@ class FewLabels(Measure):
     def choose(self, inputs: Inputs, earlier: ByName) -> FewLabelPredictions:
         """Fit a probe on each split and classify the test images."""
         # The scale of the features needs no labels, so it is computed from all training images.
-        scale, l2 = feature_scale(inputs.train.features), [self.few_label_l2]
+        scale, l2 = inputs.scale(inputs.train.features), [self.few_label_l2]
 
         def predicted(split: Tensor) -> Tensor:
             probes, _ = fit_linear(*inputs.train.at(split), l2, self.max_iterations, inputs.classes, scale)

@@ -12,6 +12,7 @@ from twoview.data import fixed_sample
 from twoview.errors import require_at_least
 from twoview.evaluation.invariance import augmented_features, mean_similarity
 from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Workload
+from twoview.evaluation.moments import ROWS, Moments, feature_moments
 from twoview.evaluation.tables import Table, figures_table
 
 # Thresholds of the diagnosis. Constant features lie below the first threshold, features of rank 1 below the second, and
@@ -40,16 +41,19 @@ class Geometry(Measure):
         require_at_least("eval", 2, shift_images=self.shift_images)
 
     def choose(self, inputs: Inputs, earlier: ByName) -> Figures:
-        """Return the metrics of :func:`geometry_figures`, which need no labels."""
+        """Return the metrics of :func:`geometry_figures`; of projected pixels, those of the pixels themselves."""
         pairs = None
         if inputs.encoder is not None:
             images = inputs.test_images.subset(fixed_sample(len(inputs.test_images), self.shift_images))
             pairs = augmented_features(inputs, images, inputs.views)
-        return geometry_figures(inputs.train.features, pairs)
+        if inputs.projection is not None:
+            pixels = inputs.thumbnails["train"].pixels.flatten(1)
+            return geometry_figures(pixels, pairs, moments=inputs.projection.moments)
+        return geometry_figures(inputs.train.features, pairs, inputs.device)
 
     def expected_seconds(self, work: Workload) -> float:
         """See :class:`Measure`."""
-        rows = min(work.train, 20_000)
+        rows = min(work.train, ROWS)
         products = 8 * rows * work.width**2 * work.operation_seconds
         return products + 2 * min(self.shift_images, work.test) * work.image_seconds
 
@@ -60,13 +64,20 @@ class Geometry(Measure):
         return figures_table("Geometry", columns, f"{words}.", hidden)
 
 
-def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) -> Figures:
+def geometry_figures(
+    features: Tensor,
+    pairs: Sequence[Tensor] | None = None,
+    device: torch.device | None = None,
+    moments: Moments | None = None,
+) -> Figures:
     """Compute metrics of the distribution of features.
 
     Args:
-        features: fp32 ``[N, F]``, N >= 2. At most 20,000 rows are used; at most 2,048 rows for ``uniformity``,
-            ``feature_std`` and ``similarity``.
+        features: fp32 ``[N, F]``, N >= 2, or pixels uint8 ``[N, F]``, which are divided by 255. At most 20,000 rows are
+            used; at most 2,048 rows for ``uniformity``, ``feature_std`` and ``similarity``.
         pairs: features of two views of the same images, fp32 ``[M, F]`` each; None if alignment is not measured.
+        device: device of the run; see :func:`twoview.evaluation.moments.device_of_float64`.
+        moments: moments of these rows, if they are known already; None to compute them.
 
     Returns:
         * ``alignment`` and ``uniformity`` (Wang & Isola 2020), ``effective_rank`` (RankMe) and ``feature_std``
@@ -85,24 +96,24 @@ def geometry_figures(features: Tensor, pairs: Sequence[Tensor] | None = None) ->
         * ``width``: F;
         * ``diagnosis`` and ``words``: see :func:`diagnose`.
     """
-    rows = features[fixed_sample(len(features), 20_000)].double()
-    mean = rows.mean(0)
-    centered = rows - mean
+    rows = features[fixed_sample(len(features), ROWS)]
+    rows = rows.float() / 255 if rows.dtype == torch.uint8 else rows
+    moments = feature_moments(rows, device) if moments is None else moments
     n, width = rows.shape
-    deviation = centered.std(0, correction=0)
-    small = centered.T @ centered if n >= width else centered @ centered.T
+    deviation = moments.variance.sqrt().cpu()
     # The Gram matrix of the rows, if the effective rank is estimated from all of them.
-    gram = small + n * torch.outer(mean, mean) if metrics.GRAM_ROWS < n <= 10 * width and n >= width else None
-    variances = torch.linalg.eigvalsh(small / n).flip(0).clamp(min=0)
-    total, length = float(variances.sum()), float(rows.square().sum(1).mean().sqrt())
+    gram = moments.gram() if metrics.GRAM_ROWS < n <= 10 * width and n >= width else None
+    variances = torch.linalg.eigvalsh(moments.products / n).flip(0).clamp(min=0).cpu()
+    total = float(variances.sum())
+    length = (total + float(moments.mean.square().sum())) ** 0.5
     spread = total**0.5 / length if length else 0.0
     varies = spread > 1e-6  # constant features differ by rounding only
     shares = variances / total if varies else torch.zeros_like(variances)
-    few = features[fixed_sample(len(features), 2048)]
+    few = rows[:2048]
     found = {
         "alignment": None if pairs is None else metrics.alignment(*pairs),
         "uniformity": metrics.uniformity(few),
-        "effective_rank": metrics.effective_rank(rows[: 10 * width].float(), gram),
+        "effective_rank": metrics.effective_rank(rows[: 10 * width], gram),
         "effective_rank_rows": min(n, 10 * width),
         "feature_std": metrics.feature_std(few),
         "similarity": mean_similarity(few),

@@ -62,8 +62,9 @@ class Integrity(Measure):
     def choose(self, inputs: Inputs, earlier: ByName) -> SharedImages:
         """Find shared images."""
         test, device = inputs.thumbnails["test"], inputs.device
-        features = (inputs.train.features, inputs.test)
-        shared = {"train": shared_images(inputs.thumbnails["train"], test, features, device)}
+        known = [p.neighbors for p in earlier.values() if isinstance(p, Prediction) and p.neighbors is not None]
+        similar = known[0] if known else neighbors(inputs.train.features, inputs.test, CANDIDATES, device)[1]
+        shared = {"train": shared_images(inputs.thumbnails["train"], test, similar[:, :CANDIDATES], device)}
         if inputs.pretrain_images is not None:
             theirs = thumbnails(inputs.pretrain_images, test.pixels.shape[-1])
             shared["pretrain"] = shared_images(theirs, test, device=device)
@@ -86,7 +87,7 @@ class Integrity(Measure):
 
     def expected_seconds(self, work: Workload) -> float:
         """See :class:`Measure`."""
-        return 2 * work.search(work.train, work.test)
+        return work.search(work.train, work.test)  # by pixels; the search by features is that of kNN
 
     def table(self, columns: ByName, report: ByName) -> Table:
         """Return a table of the numbers of shared images, and of the accuracies with and without shared images."""
@@ -119,7 +120,7 @@ def thumbnails(images: Images, side: int | None = None) -> Thumbnails:
 def shared_images(
     train: Thumbnails,
     test: Thumbnails,
-    features: tuple[Tensor, Tensor] | None = None,
+    similar: Tensor | None = None,
     device: torch.device | None = None,
 ) -> list[Shared]:
     """Find exact and near duplicates of training images among the test images.
@@ -134,8 +135,8 @@ def shared_images(
     Args:
         train: thumbnails of N training images.
         test: thumbnails of T test images.
-        features: fp32 ``[N, F]`` of the training images and ``[T, F]`` of the test images; None to select candidates by
-            pixels only.
+        similar: int64 ``[T, K]``, positions of the training images with the most similar features; None to select
+            candidates by pixels only.
         device: device on which candidates are searched; None for the CPU.
 
     Returns:
@@ -144,8 +145,8 @@ def shared_images(
     first = {digest: position for position, digest in reversed(list(enumerate(train.hashes)))}
     device = device or torch.device("cpu")
     candidates = neighbors(_coarse(train.pixels), _coarse(test.pixels), CANDIDATES, device)[1]
-    if features is not None:
-        candidates = torch.cat([candidates, neighbors(*features, CANDIDATES, device)[1]], 1)
+    if similar is not None:
+        candidates = torch.cat([candidates, similar], 1)
     test_gray, train_gray = (x if x.shape[1] != 3 else fit_channels(x, 1) for x in (test.pixels, train.pixels))
     found = []
     for start in track(range(0, len(candidates), 512)):

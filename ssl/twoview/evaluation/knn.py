@@ -12,6 +12,8 @@ from twoview.evaluation.neighbors import neighbors
 from twoview.evaluation.probe import Prediction, choose_best
 from twoview.metrics import knn_vote
 
+NEIGHBORS = 6  # neighbors of each test image that are kept for other measures and for the report
+
 
 @dataclass(frozen=True)
 class KNN(Measure):
@@ -55,9 +57,10 @@ class KNN(Measure):
         predicted = [knn_vote(similarity, votes, k, temperature, inputs.classes) for k, temperature in grid]
         best, val_top1 = choose_best(predicted, held_out.labels, self.class_weights)
         k, temperature = grid[best]
-        similarity, position = neighbors(train.features, inputs.test, k, inputs.device)
+        similarity, position = neighbors(train.features, inputs.test, max(k, NEIGHBORS), inputs.device)
         classes = knn_vote(similarity, train.labels[position], k, temperature, inputs.classes)
-        return Prediction(classes, {"val_top1": val_top1, "k": k, "temperature": temperature})
+        kept = position[:, :NEIGHBORS].clone()
+        return Prediction(classes, {"val_top1": val_top1, "k": k, "temperature": temperature}, neighbors=kept)
 
     def expected_seconds(self, work: Workload) -> float:
         """See :class:`Measure`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from twoview.data import split_holdout
 from twoview.errors import require, require_at_least, require_choice, require_positive
 from twoview.evaluation import probe
-from twoview.evaluation.logistic import feature_scale, fit_linear
+from twoview.evaluation.logistic import fit_linear
 from twoview.evaluation.logistic_blocks import Regression
 from twoview.evaluation.measure import ByName, Inputs, Labelled, Measure, Workload
 from twoview.evaluation.probe import Prediction
@@ -34,7 +34,8 @@ class Linear(Measure):
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
         class_weights: "balanced" gives all classes equal weight in the fit and in the choice, "none" gives all images
             equal weight.
-        batch_norm: divide each feature by its own standard deviation; False divides all features by one number.
+        batch_norm: divide each feature by its own standard deviation; False divides all features by one number. Raw
+            pixels that are projected are divided by one number in both cases, see :meth:`Inputs.scale`.
         l2_images: largest number of training images on which all penalties are compared, at least 1. If there are more
             beside the held-out images, a part of them is drawn, with the same shares of the classes if it has at least
             one image of each. The best penalty of the part is compared with its neighbors on all of these images.
@@ -100,7 +101,7 @@ class Linear(Measure):
 
         def fit(images: Labelled, l2: Sequence[float]) -> tuple[Tensor, bool]:
             images = _on_device(images, inputs.device)
-            scale, weights = self._scale_and_weights(images, inputs.classes)
+            scale, weights = self._scale_and_weights(images, inputs)
             limits = (self.max_iterations, inputs.classes)
             probes, converged = fit_linear(*images, l2, *limits, scale, weights, self.label_smoothing)
             return probes.cpu(), converged
@@ -148,15 +149,15 @@ class Linear(Measure):
 
     def _regression(self, images: Labelled, inputs: Inputs, basis: Tensor | None = None) -> Regression:
         images = _on_device(images, inputs.device)
-        scale, weights = self._scale_and_weights(images, inputs.classes)
+        scale, weights = self._scale_and_weights(images, inputs)
         smoothing, device = self.label_smoothing, inputs.device
         return Regression(*images, scale, inputs.classes, weights, smoothing, device, basis=basis)
 
-    def _scale_and_weights(self, images: Labelled, classes: int) -> tuple[Tensor, Tensor | None]:
-        scale = feature_scale(images.features, self.batch_norm)
+    def _scale_and_weights(self, images: Labelled, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        scale = inputs.scale(images.features, self.batch_norm)
         if self.class_weights == "none":
             return scale, None
-        counts = images.labels.bincount(minlength=classes)
+        counts = images.labels.bincount(minlength=inputs.classes)
         return scale, len(images.labels) / ((counts > 0).sum() * counts.clamp(min=1))
 
 

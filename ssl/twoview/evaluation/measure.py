@@ -10,6 +10,8 @@ from torch import Tensor
 from twoview.augment import TwoViews
 from twoview.data import Images, split_holdout
 from twoview.encoder import Encoder
+from twoview.evaluation.logistic import feature_scale
+from twoview.evaluation.projection import Projection
 from twoview.evaluation.tables import Table
 
 Figures = dict[str, Any]  # metrics by name, plain values as in a report
@@ -84,6 +86,7 @@ class Inputs:
         split_seed: seed of the held-out split.
         device: device of the network.
         batch_size: number of images per forward pass.
+        projection: projection of raw pixels from which the features are computed; None without a projection.
     """
 
     name: str
@@ -102,10 +105,21 @@ class Inputs:
     split_seed: int
     device: torch.device
     batch_size: int
+    projection: Projection | None = None
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Positions of the training images to fit on, and of those held out, int64; see :func:`split_holdout`."""
         return split_holdout(self.train.labels, self.holdout, self.split_seed)
+
+    def scale(self, features: Tensor, per_feature: bool = True) -> Tensor:
+        """Numbers by which linear probes divide features ``[N, F]``, fp32 ``[F]``.
+
+        See :func:`twoview.evaluation.logistic.feature_scale`. Projected pixels are all divided by the number that
+        :class:`twoview.evaluation.projection.Projection` describes.
+        """
+        if self.projection is None:
+            return feature_scale(features, per_feature)
+        return features.new_full(features.shape[1:], self.projection.scale)
 
 
 class Measure:

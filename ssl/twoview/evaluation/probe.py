@@ -21,12 +21,15 @@ class Prediction(NamedTuple):
         chosen: chosen hyperparameters, and "val_top1", their accuracy on held-out training labels.
         probabilities: fp32 ``[T, C]``, predicted probabilities; None for probes without probabilities.
         classify: function that maps features fp32 ``[N, F]`` to classes int64 ``[N]``; None except for linear probes.
+        neighbors: int64 ``[T, K]``, positions of the most similar training images of each test image, in decreasing
+            order; None except for kNN.
     """
 
     classes: Tensor
     chosen: dict[str, Any]
     probabilities: Tensor | None = None
     classify: Callable[[Tensor], Tensor] | None = None
+    neighbors: Tensor | None = None
 
 
 def score(prediction: Prediction, labels: Tensor, classes: int, resamples: int, seed: int) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def _data_uri(kind: str, write: Callable[[BinaryIO], object]) -> str:
 
 def _svg(figure: Figure) -> str:
     with mpl.rc_context(STYLE):
-        options: dict[str, Any] = {"format": "svg", "bbox_inches": "tight", "metadata": {"Date": None}}
+        # The layout is constrained already; a tight bounding box would draw the figure twice.
+        options: dict[str, Any] = {"format": "svg", "metadata": {"Date": None}}
         return _data_uri("svg+xml", lambda file: figure.savefig(file, **options))
 
 

@@ -14,6 +14,7 @@ import torch
 from twoview.augment import TwoViews
 from twoview.data import ImageData, Images, fixed_sample
 from twoview.evaluation.evaluate import Evidence
+from twoview.evaluation.knn import NEIGHBORS
 from twoview.evaluation.probe import confusion
 from twoview.evaluation.tables import Table
 from twoview.files import write_atomically
@@ -27,7 +28,6 @@ MOST_CONFUSED = 10
 LISTED = 50
 MAPPED = 3000
 GALLERY = 6  # number of rows with a correct nearest neighbor, and of rows with a wrong nearest neighbor
-NEIGHBORS = 6
 MAX_CLASSES = 60  # the confusion matrix is plotted for at most this many classes
 
 
@@ -170,7 +170,8 @@ def _gallery(evidence: Evidence, images: ImageData) -> list[tuple[Neighbor, list
     """Return test images with their nearest training images; images with a correct nearest neighbor come first."""
     train, test = images.labelled
     queries = fixed_sample(len(test), MAPPED)
-    positions = knn_neighbors(evidence.train, evidence.test[queries], NEIGHBORS)[1]
+    known = [p.neighbors[queries] for p in evidence.predictions.values() if p.neighbors is not None]
+    positions = known[0] if known else knn_neighbors(evidence.train, evidence.test[queries], NEIGHBORS)[1]
     right = train.labels[positions[:, 0]] == test.labels[queries]
 
     def shown(split: Images, position: int, label: int) -> Neighbor:
