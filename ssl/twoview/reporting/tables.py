@@ -69,6 +69,9 @@ def _accuracies(report: Mapping[str, Any]) -> Table:
         note = f"{labels:,} of {protocol['train_images']:,} training labels used. {note}"
     if training := report.get("training"):
         note += f"\n{training['images_seen']:,} images seen in {training['seconds'] / 60:.1f} minutes"
+    if cut := report["results"].get("raw pixels", {}).get("projection"):
+        note += f"\nRaw pixels: {cut['pixels']:,} pixels projected to {cut['directions']:,} directions, "
+        note += f"which keep {percent(cut['share'])} of the squared length."
     note += "".join(f"\nWarning: {warning}." for warning in report.get("warnings", []))
     return side_by_side(title, columns, note)
 
