@@ -40,6 +40,7 @@ def test_compiled_views_are_the_same():
     assert_close(torch.cat(views(images, key=(0, 1))), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("method", ALL)
 def test_a_step_does_not_wait_for_the_device(method):
     method = make(method, **ALL[method]).to(CUDA)
