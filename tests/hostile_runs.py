@@ -62,13 +62,17 @@ class Command:
     out: Path
     err: Path
 
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while the process runs. Not to be called after it returned a code."""
+        found, raw = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(raw) if found else None
+
     def wait(self, limit: float = LIMIT) -> int | str:
-        """Exit code, negative for a signal; "time limit" if the process was killed after ``limit`` seconds."""
+        """Exit code, as by :meth:`poll`; "time limit" if the process was killed after ``limit`` seconds."""
         end = time.monotonic() + limit
         while time.monotonic() < end:
-            found, raw = os.waitpid(self.pid, os.WNOHANG)
-            if found:
-                return os.waitstatus_to_exitcode(raw)
+            if (code := self.poll()) is not None:
+                return code
             time.sleep(0.01)
         os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)

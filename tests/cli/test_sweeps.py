@@ -1,11 +1,12 @@
 import csv
 import json
+import os
 import signal
-import subprocess
 import time
 
-import commands
 import pytest
+from commands import short
+from hostile_runs import run, start
 
 from twoview.cli import sweeps
 
@@ -68,22 +69,20 @@ def table(folder):
 def test_a_sweep_that_was_killed_goes_on_and_a_failing_run_stops_no_other(tmp_path):
     # 1e20 diverges in the third step; seeds 0 and 1 do not.
     sweep = ["-m", "optimizer.lr=4e-3,1e20", "seed=0,1"]
-    process = subprocess.Popen(
-        commands.command(*sweep), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(tmp_path, *short(*sweep))
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("sweeps/*/checkpoints/last.ckpt"))) < 2:  # one is done, another in the middle
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     (done,) = tmp_path.glob("sweeps/*/report.json")
     before = done.stat().st_mtime_ns
 
-    again = commands.run(tmp_path, *sweep)
-    assert again.returncode == 1, again.stderr
-    assert "Traceback" not in again.stderr
+    again = run(tmp_path, *short(*sweep), limit=250)
+    assert again.code == 1, again.err
+    assert "Traceback" not in again.err
     assert done.stat().st_mtime_ns == before
     assert "is finished and is not repeated" in (done.parent / "run.log").read_text()
     assert len(list(tmp_path.glob("sweeps/*/report.json"))) == 2
@@ -104,26 +103,25 @@ def test_a_sweep_that_was_killed_goes_on_and_a_failing_run_stops_no_other(tmp_pa
         assert report["figures"]["val/linear_top1"] == float(row["val/linear_top1"])
 
     # The good half, started once more, trains nothing.
-    third = commands.run(tmp_path, "-m", "optimizer.lr=4e-3", "seed=0,1")
-    assert third.returncode == 0, third.stderr
-    assert third.stdout.count("is finished and is not repeated") == 2
-    assert "epoch 1" not in third.stdout
+    third = run(tmp_path, *short("-m", "optimizer.lr=4e-3", "seed=0,1"), limit=60)
+    assert third.code == 0, third.err
+    assert third.out.count("is finished and is not repeated") == 2
+    assert "epoch 1" not in third.out
 
 
 def test_joblib_runs_are_in_the_table_too(tmp_path):
-    result = commands.run(
-        tmp_path, "-m", "hydra/launcher=joblib", "seed=0,1", "trainer.max_epochs=1", "method.temperature=0.2"
-    )
-    assert result.returncode == 0, result.stderr
+    sweep = ["-m", "hydra/launcher=joblib", "seed=0,1", "trainer.max_epochs=1", "method.temperature=0.2"]
+    result = run(tmp_path, *short(*sweep), limit=250)
+    assert result.code == 0, result.err
     assert [row["seed"] for row in table(tmp_path)] == ["0", "1"]
     assert all(row["mean"] for row in table(tmp_path))
 
 
 def test_a_sweeper_that_is_started_again_proposes_the_same_and_failures_end_in_the_table(tmp_path):
     sweep = ["-m", "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-2))", "hydra.sweeper.n_trials=2"]
-    results = [commands.run(tmp_path, *sweep, "backbone.name=nothing") for _ in range(2)]
-    assert [result.returncode for result in results] == [1, 1]
-    assert "timm has no such network" in results[0].stderr
+    results = [run(tmp_path, *short(*sweep, "backbone.name=nothing"), limit=60) for _ in range(2)]
+    assert [result.code for result in results] == [1, 1]
+    assert "timm has no such network" in results[0].err
     assert len(list(tmp_path.glob("sweeps/*/run.log"))) == 2
     assert [row["mean"] for row in table(tmp_path)] == ["", ""]
 
@@ -136,7 +134,4 @@ def test_a_sweeper_that_is_started_again_proposes_the_same_and_failures_end_in_t
     ],
 )
 def test_mistakes(tmp_path, arguments, sentence):
-    result = commands.run(tmp_path, *arguments)
-    assert result.returncode == 2
-    assert sentence in result.stderr
-    assert "Traceback" not in result.stderr
+    assert run(tmp_path, *short(*arguments)).refused(sentence)
