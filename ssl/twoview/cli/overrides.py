@@ -202,7 +202,8 @@ def _fits(before: Any, value: Any) -> bool:
 
 
 def _choices(group: str) -> list[str]:
-    return list(GlobalHydra.instance().config_loader().get_group_options(group))
+    # No group has a dot in its name, and Hydra lists all folders of configurations for each question.
+    return [] if "." in group else list(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
 def _knobs(cfg: DictConfig) -> dict[str, Any]:
