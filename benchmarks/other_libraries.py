@@ -171,8 +171,9 @@ class OwnProcess:
     """
 
     def __init__(self, build: Callable[..., Callable[[], float]], *arguments: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, spawn, initializer=_build, initargs=(build, *arguments))
+        # The server of forks imports the benchmark once for all processes.
+        context = multiprocessing.get_context("forkserver")
+        self.pool = ProcessPoolExecutor(1, context, initializer=_build, initargs=(build, *arguments))
 
     def __call__(self) -> float:
         """Call the function, and return its result."""
