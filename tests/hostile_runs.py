@@ -22,7 +22,13 @@ import twoview.runs  # imported before the fork, so that no case waits for torch
 
 LIMIT = 20.0  # seconds
 _NUMBERS = itertools.count()  # of the commands, in the names of their files
-SHORT = ("backbone.name=test_resnet", "data.image_size=16", "trainer.max_steps=2", "eval.baselines=false")
+SHORT = (
+    "backbone.name=test_resnet",
+    "backbone.stem=timm",
+    "data.image_size=16",
+    "trainer.max_steps=2",
+    "eval.baselines=false",
+)
 
 
 @dataclass(frozen=True)

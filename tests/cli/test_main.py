@@ -6,6 +6,7 @@ import pytest
 from commands import train
 from hostile_runs import run
 from omegaconf import OmegaConf
+from two_ranks import as_script
 
 from twoview.cli import sweeps
 
@@ -32,17 +33,16 @@ def test_every_method_runs_by_its_name(tmp_path):
 
 
 def test_two_processes_from_the_same_command(tmp_path):
-    result = train(
-        "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "method=moco", *SHORT, cwd=tmp_path, timeout=250
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "method=moco"]
+    result = run(tmp_path, *two, *SHORT, limit=250, prepare=as_script)
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err
     (file,) = tmp_path.glob("runs/*/*/report.json")
     report = json.loads(file.read_text())
     assert report["training"]["processes"] == 2
     assert report["training"]["images_seen"] == report["training"]["batch_size"] * (report["training"]["steps"] + 1)
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
-    assert result.stdout.count("report: ") == 1
+    assert result.out.count("report: ") == 1
     said = [line for line in (file.parent / "run.log").read_text().splitlines() if "images, test_resnet, batch" in line]
     assert ["rank 1" in line for line in said] == [False, True]
 
@@ -63,10 +63,10 @@ def test_from_another_folder_and_then_the_probe_of_what_it_printed(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "level"), [([], "INFO"), (["-v"], "DEBUG"), (["--verbose"], "DEBUG")])
-def test_verbose_is_the_level_of_the_console(flags, level):
-    result = train(*flags, "--cfg", "hydra", "method=moco")
-    assert result.returncode == 0, result.stderr
-    logs = OmegaConf.create(result.stdout).hydra.job_logging
+def test_verbose_is_the_level_of_the_console(flags, level, tmp_path):
+    result = run(tmp_path, *flags, "--cfg", "hydra", "method=moco")
+    assert result.code == 0, result.err
+    logs = OmegaConf.create(result.out).hydra.job_logging
     assert logs.handlers.console.level == level
     assert "level" not in logs.handlers.file
     assert logs.loggers.twoview.level == "DEBUG"

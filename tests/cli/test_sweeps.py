@@ -28,11 +28,11 @@ def test_mean_and_deviation_are_over_seeds(tmp_path, monkeypatch, capsys):
         *((f"method=supcon seed={seed} trainer=short", 0.1, None) for seed in range(7)),
     )
     runs = sweeps.outcomes(tmp_path)
-    assert [run["seed"] for run in runs[:4]] == ["0", "1", "0", "1"]
-    assert all(list(run["overrides"]) == ["method"] for run in runs)  # trainer=short does not differ
-    for run in runs[:2]:
-        assert run["mean"] == pytest.approx(0.6)
-        assert run["deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert [row["seed"] for row in runs[:4]] == ["0", "1", "0", "1"]
+    assert all(list(row["overrides"]) == ["method"] for row in runs)  # trainer=short does not differ
+    for row in runs[:2]:
+        assert row["mean"] == pytest.approx(0.6)
+        assert row["deviation"] == pytest.approx(0.2 / 2**0.5)
     assert (runs[2]["mean"], runs[2]["deviation"]) == (0.8, None)
     assert len(runs) == 11  # in the order of their numbers, not of their names
     assert sweeps.summarize(tmp_path) == 1
@@ -51,7 +51,7 @@ def test_runs_that_take_other_knobs_stand_in_one_table(tmp_path, monkeypatch):
     record(monkeypatch, tmp_path, ("method=moco method.queue_size=64", 0.5, None), ("method=simclr", 0.25, None))
     runs = sweeps.outcomes(tmp_path)
     assert runs[1]["overrides"] == {"method": "simclr", "method.queue_size": ""}
-    assert [run["mean"] for run in runs] == [0.5, 0.25]
+    assert [row["mean"] for row in runs] == [0.5, 0.25]
 
 
 def test_outside_of_a_sweep_nothing_is_written(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from commands import train
+from hostile_runs import run
 from PIL import Image, ImageOps
 
 from twoview import load as load_encoder
@@ -260,9 +260,9 @@ def test_the_command_line_with_a_checkpoint_and_unusual_names(tmp_path):
     root = plant(tmp_path / "my pictures, München", ["mirrored"], 4)
     (root / "0-mirrored.jpg").rename(root / "<b>ä'1.jpg")
     arguments = ["task=duplicates", "data=folder", f"data.root={root}", "data.num_workers=0", "data.cache=false"]
-    done = train(*arguments, "checkpoint=random:test_resnet", "hydra.run.dir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "8 of 8 images are in 4 groups" in " ".join(done.stdout.split())
+    done = run(tmp_path, *arguments, "checkpoint=random:test_resnet", "hydra.run.dir=run", limit=60)
+    assert done.code == 0, done.err
+    assert "8 of 8 images are in 4 groups" in " ".join(done.out.split())
     (row,) = [row for row in rows_of(tmp_path / "run") if "<b>" in row["path"]]
     assert row["path"] == str(root / "<b>ä'1.jpg")
     page = (tmp_path / "run" / "duplicates.html").read_text()

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from commands import train
 from data.image_files import photo, write_parquet
+from hostile_runs import run
 from PIL import Image
 from sklearn.decomposition import PCA
 from two_ranks import on_two_ranks
@@ -323,7 +323,7 @@ def test_the_command_line_starts_several_processes_and_writes_the_same_file(enco
     embed(encoder, listed(pictures), tmp_path / "a.parquet", columns=["thumbnail"])
     knobs = ["checkpoint=random:test_resnet", f"data.root={pictures}", f"data.image_size={SIZE}", "data.batch_size=4"]
     more = ["to=b.parquet", "columns=[thumbnail]", "trainer.devices=2", "data.num_workers=0"]
-    done = train("task=embed", "data=folder", *knobs, *more, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run(tmp_path, "task=embed", "data=folder", *knobs, *more, limit=120)
+    assert done.code == 0, done.err
     assert (tmp_path / "b.parquet").read_bytes() == (tmp_path / "a.parquet").read_bytes()
-    assert re.search(r"embed: 41 of 41 images, [\d,]+ images/s", done.stdout), done.stdout
+    assert re.search(r"embed: 41 of 41 images, [\d,]+ images/s", done.out), done.out

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from commands import environment, train
+from commands import environment
+from hostile_runs import run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -155,9 +156,9 @@ def test_names_from_a_checkpoint_do_not_change_the_readme(tmp_path):
 
 
 def test_the_command_line_exports(exported, tmp_path):
-    done = train("task=export", "checkpoint=random:test_vit", "data.image_size=32", "to=München (1)", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "largest difference" in done.stdout + done.stderr
+    done = run(tmp_path, "task=export", "checkpoint=random:test_vit", "data.image_size=32", "to=München (1)", limit=60)
+    assert done.code == 0, done.err
+    assert "largest difference" in done.out + done.err
     assert sorted(f.name for f in (tmp_path / "München (1)").iterdir()) == [
         "README.md",
         "config.json",

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checkpoints import save_checkpoint
-from commands import ROOT, train
+from commands import ROOT
+from hostile_runs import run
 from PIL import Image
 
 import twoview
@@ -147,8 +148,8 @@ def test_the_commands_of_the_guide(photos, tmp_path):
         overrides = ["task=index", *map(quoted, (f"embeddings={photos.embeddings}", f"to={to}")), "kind=hnsw"]
         hydra.utils.instantiate(hydra.compose("config", overrides).task)
     assert Index.load(to).kind == "hnsw"
-    found = train("task=search", f"index={to}", f"query={photos.files[2]}", "k=4", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert "similarity" in found.stdout
+    found = run(tmp_path, "task=search", f"index={to}", f"query={photos.files[2]}", "k=4", limit=60)
+    assert found.code == 0, found.err
+    assert "similarity" in found.out
     (table,) = tmp_path.glob("runs/*/*/search.csv")
     assert rows_of(table)[0]["path"] == str(photos.files[2])
