@@ -1,34 +1,34 @@
-"""A measure that waits, in a process of its own."""
+"""A measure that waits, in a forked process."""
 
-import subprocess
 import sys
-import textwrap
+import time
+from dataclasses import dataclass
 
-from commands import environment
+import hostile_runs
 
-SLOW = """
-    import sys, time
-    from dataclasses import dataclass
-    from twoview.evaluation import measure, progress, settings
-
-    @dataclass(frozen=True)
-    class Slow(measure.Measure):
-        name = "slow"
-
-        def choose(self, inputs, earlier):
-            print("waiting", file=sys.stderr, flush=True)
-            for _ in progress.track(range(int(SECONDS / 0.1))):
-                time.sleep(0.1)
-            return {"value": 1.0}
-
-    settings.MEASURES["slow"] = Slow()
-    sys.argv = ["train.py", *sys.argv[1:]]
-    from twoview.cli.main import main
-    main()
-"""
+from twoview import cli
+from twoview.evaluation import measure, progress, settings
 
 
-def start(folder, seconds, *arguments, **streams):
-    code = textwrap.dedent(SLOW).replace("SECONDS", str(seconds))
-    command = [sys.executable, "-c", code, "eval.k=[5]", "eval.bootstrap=100", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment(), **streams)
+@dataclass(frozen=True)
+class Slow(measure.Measure):
+    """Waits for some seconds, in steps of a tenth of a second."""
+
+    name = "slow"
+    seconds: int = 0
+
+    def choose(self, inputs, earlier):
+        print("waiting", file=sys.stderr, flush=True)
+        for _ in progress.track(range(10 * self.seconds)):
+            time.sleep(0.1)
+        return {"value": 1.0}
+
+
+def start(folder, seconds, *arguments, prepare=lambda: None):
+    """Start a command that knows the measure; see :func:`hostile_runs.start`."""
+
+    def main():
+        settings.MEASURES["slow"] = Slow(seconds=seconds)
+        cli.main()
+
+    return hostile_runs.start(folder, "eval.k=[5]", "eval.bootstrap=100", *arguments, prepare=prepare, main=main)

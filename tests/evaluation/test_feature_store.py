@@ -1,13 +1,13 @@
 """Features in a file that is mapped into memory."""
 
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from commands import environment
 from evaluation.helpers_evaluation import evaluate, quick
+from hostile_runs import start
 
 from twoview.errors import UserError
 from twoview.evaluation.feature_store import collect_features, memory_limit, pixel_features
@@ -93,27 +93,26 @@ def test_features_larger_than_the_disk_are_refused_before_they_are_computed(tmp_
 
 
 def test_a_disk_that_becomes_full_is_one_sentence(tmp_path):
-    code = """
-import resource, signal, sys, torch
-from twoview.errors import UserError
-from twoview.evaluation.feature_store import collect_features
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-for name in (None, lambda: "name"):
-    try:
-        collect_features(lambda: torch.zeros(1000, 4).split(100), (1000, 4), 0, sys.argv[1], name)
-    except UserError as error:
-        print(error)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    folder = tmp_path / "features"
+
+    def main():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        for name in (None, lambda: "name"):
+            try:
+                collect_features(lambda: torch.zeros(1000, 4).split(100), (1000, 4), 0, str(folder), name)
+            except UserError as error:
+                print(error)
+
+    process = start(folder, main=main)
+    code, (out, err) = process.wait(), process.texts()
+    assert code == 0, err
+    lines = out.splitlines()
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("eval.memory=0: the features need 0.0 GB")
-        assert f"the disk of {tmp_path} has no room (File too large); free disk space" in line
-    assert not list(tmp_path.iterdir())
+        assert f"the disk of {folder} has no room (File too large); free disk space" in line
+    assert not list(folder.iterdir())
 
 
 def test_pixels_are_shares_of_white():

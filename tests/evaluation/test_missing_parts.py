@@ -1,8 +1,9 @@
 """Parts of an evaluation that run out of memory or are interrupted."""
 
 import json
+import os
 import signal
-import subprocess
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,15 +152,12 @@ def test_an_incomplete_report_of_pretraining_is_not_final(finished):
 
 def interrupted(folder, *arguments):
     """Start a command, press Ctrl-C in the slow part, and return the exit code and stderr."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = start(folder, 120, *arguments, **pipes)
-    lines = []
-    while not lines or "waiting" not in lines[-1]:
-        lines.append(process.stderr.readline())
-        assert lines[-1], "".join(lines)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
+    process = start(folder, 120, *arguments)
+    while "waiting" not in process.err.read_text():
+        assert process.poll() is None, process.texts()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    return process.wait(60), process.texts()[1]
 
 
 def test_ctrl_c_in_an_evaluation_leaves_a_report_that_a_repetition_completes(tmp_path):
@@ -173,7 +171,7 @@ def test_ctrl_c_in_an_evaluation_leaves_a_report_that_a_repetition_completes(tmp
     assert (report["incomplete"], report["missing"]) == (True, {"trained": {"slow": "interrupted"}})
     assert set(report["results"]["trained"]) == {"knn"}
     process = start(tmp_path, 0, *given, *knobs)
-    assert process.wait(timeout=100) == 0
+    assert process.wait(100) == 0
     again = json.loads((tmp_path / "r" / "report.json").read_text())
     assert not again.keys() & {"incomplete", "missing"}
     assert again["results"]["trained"]["knn"] == report["results"]["trained"]["knn"]
@@ -181,7 +179,7 @@ def test_ctrl_c_in_an_evaluation_leaves_a_report_that_a_repetition_completes(tmp
 
 
 def test_ctrl_c_in_the_evaluation_of_a_pretraining_is_resumed(tmp_path):
-    short = ("backbone.name=test_resnet", "data.image_size=16", "trainer.max_epochs=1", "hydra.run.dir=runs/a/r")
+    short = ("backbone.name=test_resnet", "data.image_size=10", "trainer.max_epochs=1", "hydra.run.dir=runs/a/r")
     knobs = ("eval.parts=[knn,slow]", "eval.baselines=false")
     code, err = interrupted(tmp_path, *short, *knobs)
     assert code == 130, err
@@ -190,7 +188,7 @@ def test_ctrl_c_in_the_evaluation_of_a_pretraining_is_resumed(tmp_path):
     assert report["incomplete"] is True
     assert report["training"]["steps"] == 10
     process = start(tmp_path, 0, *short[:-1], *knobs, "resume=auto")  # finds the run, whose report is incomplete
-    assert process.wait(timeout=100) == 0
+    assert process.wait(100) == 0
     again = json.loads((tmp_path / "runs/a/r/report.json").read_text())
     assert "incomplete" not in again
     assert set(again["results"]["trained"]) == {"knn", "slow"}

@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import select
-import subprocess
 import time
 
 import pytest
@@ -97,18 +96,17 @@ def test_the_steps_of_a_measure_end_at_their_total(encoder, measure):
 
 
 def read_terminal(process, terminal, seconds):
-    """What a process shows in a terminal until it ends."""
-    shown, end = b"", time.monotonic() + seconds
+    """Exit code of a process, and what it shows in a terminal until it ends."""
+    shown, code, end = b"", None, time.monotonic() + seconds
     while time.monotonic() < end:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
                 shown += os.read(terminal, 65536)
             except OSError:  # the process has closed it
                 break
-        elif process.poll() is not None:
+        elif (code := process.poll()) is not None:
             break
-    process.wait(timeout=30)
-    return shown.decode(errors="replace")
+    return process.wait(30) if code is None else code, shown.decode(errors="replace")
 
 
 @pytest.mark.parametrize("in_terminal", [True, False])
@@ -116,12 +114,16 @@ def test_the_bar_of_a_long_part_is_shown_in_a_terminal_only(tmp_path, in_termina
     given = ("task=evaluate", "checkpoint=random:test_resnet", "data.image_size=16", "hydra.run.dir=r")
     knobs = ("eval=knn", "eval.parts=[knn,slow]", "eval.baselines=false")
     ours, theirs = pty.openpty()
-    output = theirs if in_terminal else subprocess.DEVNULL
-    process = start(tmp_path, 7, *given, *knobs, stdout=output, stderr=theirs)
+
+    def to_terminal():
+        for stream in (1, 2) if in_terminal else (2,):
+            os.dup2(theirs, stream)
+
+    process = start(tmp_path, 7, *given, *knobs, prepare=to_terminal)
     os.close(theirs)
-    shown = read_terminal(process, ours, 100)
+    code, shown = read_terminal(process, ours, 100)
     os.close(ours)
-    assert process.returncode == 0, shown
+    assert code == 0, shown
     log = (tmp_path / "r" / "run.log").read_text()
     assert "evaluation: trained: slow took" in log
     assert "knn took" not in log
