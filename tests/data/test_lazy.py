@@ -43,7 +43,7 @@ def test_spawned_workers(tmp_path):
         data.pretrain,
         batch_size=None,
         sampler=list(torch.arange(19).split(8)),
-        num_workers=2,
+        num_workers=1,
         multiprocessing_context=multiprocessing.get_context("spawn"),
     )
     pixels = torch.cat([batch.pixels for batch in loader])

@@ -39,7 +39,7 @@ def test_batches_carry_index_and_label_and_workers_give_the_same(tmp_path):
     make_both(tmp_path)
     data = parquet(str(tmp_path / "parquet"), memory=0, **options())
     wanted = list(torch.randperm(32, generator=torch.Generator().manual_seed(0)).split(4))
-    for workers, context in ((0, None), (2, "fork"), (2, "spawn")):
+    for workers, context in ((0, None), (2, "fork"), (1, "spawn")):
         context = multiprocessing.get_context(context) if context else None
         loader = DataLoader(
             data.pretrain, batch_size=None, sampler=wanted, num_workers=workers, multiprocessing_context=context
