@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SHORT = [
     "backbone.name=test_resnet",
-    "backbone.stem=timm",
+    "backbone.stem=small_stride2",
     "data.image_size=10",
     "trainer.max_epochs=3",
     "trainer.check_every=1",

@@ -25,7 +25,8 @@ from twoview.training import Recipe, RunSettings, TrainerSettings
 SIZE = 12  # below, some digits resemble each other as near duplicates do
 RECIPE = Recipe(
     method=partial(SimCLR, temperature=0.2),
-    backbone=partial(create_backbone, "test_resnet", in_chans=1, image_size=SIZE),
+    # Without the stride, a run would take twice as long.
+    backbone=partial(create_backbone, "test_resnet", in_chans=1, image_size=SIZE, stem="small_stride2"),
     head=partial(projection_head, hidden_dim=64, out_dim=32),
     augment=partial(TwoViews, crop_scale=(0.4, 1.0), flip_p=0.0, blur_p=0.0),
     optimizer=OptimizerSettings(torch.optim.AdamW, lr=3e-3),

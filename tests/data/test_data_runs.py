@@ -19,7 +19,7 @@ from twoview.evaluation import EvaluationSettings
 
 
 def run(run_dir, data, channels=3, **measures):
-    backbone = partial(create_backbone, "test_resnet", in_chans=channels, image_size=16)
+    backbone = partial(create_backbone, "test_resnet", in_chans=channels, image_size=16, stem="small_stride2")
     settings = EvaluationSettings.from_knobs(l2=(1e-2,), k=(1,), **measures)
     return pretrain(run_dir, data=data, backbone=backbone, settings=settings)
 

@@ -323,7 +323,7 @@ def test_other_values_are_refused(tmp_path, cache):
 
 def test_the_loss_is_the_same_with_and_without_a_cache(tmp_path):
     root = mixed(tmp_path / "images")
-    backbone = partial(create_backbone, "test_resnet", image_size=16)
+    backbone = partial(create_backbone, "test_resnet", image_size=16, stem="small_stride2")
     ways = {"held": {}, "lazy": {"memory": 0}, "built": {"memory": 0, "cache": str(tmp_path / "cache")}}
     ways["hit"] = ways["built"] | {"num_workers": 1}
     for name, changes in ways.items():

@@ -1,11 +1,12 @@
 """Groups of images from a file, which are not negatives of each other."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from data.image_files import load, make_folder
-from short_runs import losses, pretrain, short_data
+from short_runs import CPU, losses, pretrain, short_data
 from small_methods import make, views
 
 from twoview.data import read_groups
@@ -77,8 +78,9 @@ def test_images_of_a_group_are_not_negatives_of_each_other():
 
 def test_a_run_uses_the_groups_of_a_file(tmp_path):
     file = write(tmp_path / "groups.csv", [f"image {i},{i % 3}" for i in range(1347)])
-    pretrain(tmp_path / "plain", method=partial(SimCLR, temperature=0.2))
-    pretrain(tmp_path / "run", method=partial(SimCLR, temperature=0.2, same="groups", group_file=str(file)))
+    short = {"trainer": replace(CPU, max_epochs=None, max_steps=3), "settings": None}
+    pretrain(tmp_path / "plain", method=partial(SimCLR, temperature=0.2), **short)
+    pretrain(tmp_path / "run", method=partial(SimCLR, temperature=0.2, same="groups", group_file=str(file)), **short)
     plain, grouped = (float(losses(tmp_path / name)[0]) for name in ("plain", "run"))
     assert grouped < plain  # a third of the negatives is left out
 

@@ -15,8 +15,9 @@ from twoview.loading import read_checkpoint
 METHODS = ("simclr", "moco", "moco_v3")
 ARGUMENTS = [
     "backbone.name=test_resnet",
-    "data.image_size=16",
-    "trainer.max_epochs=4",
+    "backbone.stem=small_stride2",
+    "data.image_size=10",
+    "trainer.max_epochs=3",
     "trainer.check_every=1",
     "trainer.log_every=1",
     "eval.baselines=false",
