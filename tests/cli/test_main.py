@@ -10,7 +10,8 @@ from two_ranks import as_script
 
 from twoview.cli import sweeps
 
-SHORT = ["trainer.max_epochs=1", "backbone.name=test_resnet", "data.image_size=10", "eval.baselines=false"]
+SHORT = ["trainer.max_epochs=1", "data.image_size=10", "eval.baselines=false"]
+SHORT += ["backbone.name=test_resnet", "backbone.stem=small_stride2"]
 
 
 def test_a_sweep_has_a_folder_for_every_run_and_goes_on_after_a_failure(tmp_path):
