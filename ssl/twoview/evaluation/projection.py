@@ -82,4 +82,5 @@ def _principal_directions(gram: Tensor, count: int) -> Tensor:
         last = len(gram) - 1
         vectors = torch.from_numpy(scipy.linalg.eigh(gram.float().numpy(), subset_by_index=[last + 1 - count, last])[1])
     # In fp32, LAPACK's vectors are orthonormal up to 1e-4 only.
-    return torch.linalg.qr(vectors.float().flip(1)).Q
+    basis: Tensor = torch.linalg.qr(vectors.float().flip(1)).Q
+    return basis
