@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twoview.evaluation.moments import COLUMNS, EXACT_ROWS, feature_moments, pixel_moments
 
@@ -35,3 +36,15 @@ def test_moments_of_pixels_are_exact_over_several_blocks():
     exact = rows.double().T @ rows.double()  # of integers below 2^53
     np.testing.assert_allclose(found.gram() * 255**2, exact, rtol=1e-13, atol=1e-9)
     assert found.variance[:3].tolist() == pytest.approx([0, 0, 0], abs=1e-15)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda"), ("mps", "cpu"), ("cpu", "cpu")])
+def test_moments_are_computed_on_a_device_with_float64(device, expected):
+    # Fake tensors raise an error where tensors of two devices meet.
+    with FakeTensorMode():
+        for found in (
+            feature_moments(torch.zeros(30, 8), torch.device(device)),
+            pixel_moments(torch.zeros(30, 8, dtype=torch.uint8), torch.device(device)),
+        ):
+            assert {x.device.type for x in (*found[1:], found.gram())} == {expected}
+            assert {x.dtype for x in (*found[1:], found.gram())} == {torch.float64}

@@ -18,6 +18,7 @@ from twoview.evaluation.tables import Table, percent
 
 SIDE = 32  # pixels per side at which images are compared
 CANDIDATES = 5
+BLOCK = 64  # test images that are compared with their candidates at once; the cache of a processor holds their pixels
 
 
 class Shared(NamedTuple):
@@ -149,10 +150,10 @@ def shared_images(
         candidates = torch.cat([candidates, similar], 1)
     test_gray, train_gray = (x if x.shape[1] != 3 else fit_channels(x, 1) for x in (test.pixels, train.pixels))
     found = []
-    for start in track(range(0, len(candidates), 512)):
-        positions = candidates[start : start + 512]
+    for start in track(range(0, len(candidates), BLOCK)):
+        positions = candidates[start : start + BLOCK]
         theirs = train_gray[positions].flatten(2).float()
-        ours = test_gray[start : start + 512].flatten(1).float()[:, None]
+        ours = test_gray[start : start + BLOCK].flatten(1).float()[:, None]
         difference, correlation, _ = agreement(ours, theirs)
         nearest = difference.argmin(1, keepdim=True)
         position, away, alike = (x.gather(1, nearest).flatten() for x in (positions, difference, correlation))
