@@ -13,6 +13,7 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 BLOCK = 2**22  # largest number of features and class scores that are processed at once
+HELD = 2**25  # largest number of features that are copied for a fit instead of once in each step
 CURVATURE_ROWS = 5000  # number of images from which the diagonal of the Hessian is estimated
 TOLERANCE = 1e-6  # estimated distance of the objective from its minimum at which a fit has converged
 ROUNDING = 1e-9  # change of the objective, relative to its value, below which a fit ends
@@ -64,12 +65,15 @@ class Regression:
         # Applied to the weights in each step instead of once to the features, of which a copy would be needed.
         self.directions, self.inverse = self.basis / scale[:, None], self.basis * scale[:, None]  # [F, F]
 
-    def loss(self, weights: Tensor, positions: Tensor | None = None) -> tuple[float, Tensor]:
+    def loss(
+        self, weights: Tensor, positions: Tensor | None = None, held: Sequence[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[float, Tensor]:
         """Compute the mean cross-entropy and its gradient.
 
         Args:
             weights: fp32 ``[F + 1, C]``.
             positions: int64 ``[M]``, positions of the images over which the mean is taken; None for all images.
+            held: blocks of the centered features and labels of these images, if they are known already.
 
         Returns:
             The mean, and its gradient ``[F + 1, C]``.
@@ -78,8 +82,7 @@ class Regression:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         # Transposed: MKL computes [C, n] @ [n, F] five times faster than [F, n] @ [n, C] if C is small.
         slopes, intercepts = torch.zeros_like(matrix.T), torch.zeros_like(weights[-1])
-        for part in self._parts(positions):
-            x, y = self._block(part)
+        for x, y in held or map(self._block, self._parts(positions)):
             factor, target = self.class_weights[y], y[:, None]
             logs = F.log_softmax(torch.addmm(weights[-1], x, matrix), 1)
             each = (1 - self.label_smoothing) * logs.gather(1, target)[:, 0]
@@ -134,9 +137,13 @@ class Regression:
         # Coordinates in which the Hessian is about the identity. The bound keeps classes without images finite.
         unit = (self.curvature(weights).clamp(min=1e-3 / self.classes) + penalty).rsqrt()
 
+        count = len(self.labels) if positions is None else len(positions)
+        fits = count * self.features.shape[1] <= HELD
+        held = [self._block(part) for part in self._parts(positions)] if fits else None
+
         def objective(point: Tensor) -> tuple[float, Tensor]:
             weights = unit * point
-            loss, gradient = self.loss(weights, positions)
+            loss, gradient = self.loss(weights, positions, held)
             penalized = penalty * weights
             return loss + 0.5 * float((penalized * weights).sum(dtype=torch.float64)), unit * (gradient + penalized)
 
