@@ -1,7 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from short_runs import pretrain
+
+# The first backward pass of a process starts a thread for each device; a process with such threads cannot be forked for
+# training. FakeTensorMode pretends that there is a GPU, so a test with it must not be the first.
+torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")

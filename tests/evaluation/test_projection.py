@@ -1,4 +1,4 @@
-"""Projected pixels: cosines and accuracies of all pixels; few pixels or few images are not projected."""
+"""Projected pixels: cosines and accuracies of all pixels; which pixels are projected."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 from twoview import runs
 from twoview.data import ImageData, TensorImages
+from twoview.evaluation import projection
 from twoview.evaluation.feature_store import pixel_features
 from twoview.evaluation.few_labels import FewLabels
 from twoview.evaluation.geometry import Geometry, geometry_figures
 from twoview.evaluation.integrity import thumbnails
 from twoview.evaluation.knn import KNN
 from twoview.evaluation.linear import Linear
-from twoview.evaluation.projection import DIRECTIONS, fit_projection
+from twoview.evaluation.projection import DIRECTIONS, fit_projection, projects
 from twoview.evaluation.settings import EvaluationSettings
 from twoview.loading import load
 from twoview.reporting.tables import tables
@@ -57,9 +58,12 @@ def test_projected_pixels_keep_lengths_and_cosines():
     torch.testing.assert_close(*cosines, atol=4 * (1 - found.share), rtol=0)
 
 
-@pytest.mark.parametrize(("images", "directions"), [(144, 20), (400, 144)])
-def test_few_images_or_few_pixels_are_not_projected(images, directions):
-    assert fit_projection(smooth_images(images)[0], directions=directions) is None
+@pytest.mark.parametrize(
+    ("images", "pixels", "expected"),
+    [(20_000, 3072, True), (19_999, 3072, False), (20_000, 512, False), (10**6, 49_152, False), (1347, 1024, False)],
+)
+def test_pixels_of_few_images_and_few_pixels_are_not_projected(images, pixels, expected):
+    assert projects(images, pixels) is expected
 
 
 def test_black_images_have_a_projection():
@@ -68,10 +72,10 @@ def test_black_images_have_a_projection():
     assert found.basis.isfinite().all()
 
 
-def inputs_of(projection, basis, **changes):
+def inputs_of(found, basis, **changes):
     (train, labels), (test, _) = smooth_images(600), smooth_images(400, seed=1)
     features = pixel_features(train, basis=basis), pixel_features(test, basis=basis)
-    return make_inputs(features[0], labels, features[1], name="raw pixels", projection=projection, **changes)
+    return make_inputs(features[0], labels, features[1], name="raw pixels", projection=found, **changes)
 
 
 @pytest.mark.parametrize("l2_images", [20_000, 300])  # both solvers
@@ -111,7 +115,8 @@ def test_geometry_of_projected_pixels_is_that_of_the_pixels():
     assert (ours["diagnosis"], ours["words"]) == (expected["diagnosis"], expected["words"])
 
 
-def test_the_report_tells_of_the_projection_and_takes_it_from_the_cache(tmp_path):
+def test_the_report_tells_of_the_projection_and_takes_it_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(projection, "IMAGES", 600)
     side = 24
     train, test = (TensorImages(*smooth_images(n, side, seed)) for seed, n in enumerate((600, 60)))
     network = load("random:test_resnet", image_size=side, channels=1)

@@ -10,6 +10,7 @@ from twoview.data import fixed_sample
 from twoview.evaluation.moments import ROWS, Moments, pixel_moments
 
 DIRECTIONS = 512  # number of features of projected pixels
+IMAGES = ROWS  # smallest number of training images whose pixels are projected; those of fewer images take seconds
 
 
 class Projection(NamedTuple):
@@ -39,28 +40,19 @@ class Projection(NamedTuple):
         return {"pixels": pixels, "directions": directions, "images": self.moments.rows, "share": self.share}
 
 
-def fit_projection(
-    pixels: Tensor, device: torch.device | None = None, directions: int = DIRECTIONS
-) -> Projection | None:
+def fit_projection(pixels: Tensor, device: torch.device | None = None, directions: int = DIRECTIONS) -> Projection:
     """Compute the projection of pixels from at most 20,000 images.
 
     Args:
-        pixels: uint8 ``[N, C, s, s]``, training images.
+        pixels: uint8 ``[N, C, s, s]``, training images, at least as many as an image has pixels.
         device: device of the run; see :func:`twoview.evaluation.moments.device_of_float64`.
-        directions: number K of directions.
-
-    Returns:
-        The projection; None if there are at most K pixels, or not more than C * s * s images, from which the directions
-        of other images cannot be estimated.
+        directions: number K of directions, at most C * s * s.
 
     Example:
         >>> images = torch.randint(0, 256, (50, 1, 2, 2), dtype=torch.uint8)
         >>> fit_projection(images, directions=3).basis.shape
         torch.Size([4, 3])
     """
-    width = pixels[0].numel()
-    if not projects(len(pixels), width, directions):
-        return None
     moments = pixel_moments(pixels[fixed_sample(len(pixels), ROWS)].flatten(1), device)
     gram = moments.gram()
     basis = _principal_directions(gram, directions)
@@ -69,9 +61,9 @@ def fit_projection(
     return Projection(basis.cpu(), min(1.0, float(kept) / (float(whole) or 1.0)), scale, moments)
 
 
-def projects(images: int, pixels: int, directions: int = DIRECTIONS) -> bool:
-    """Whether so many training images of so many pixels are projected."""
-    return directions < pixels < min(images, ROWS)
+def projects(images: int, pixels: int) -> bool:
+    """Whether the pixels of so many training images, so many of each, are projected."""
+    return images >= IMAGES and DIRECTIONS < pixels < ROWS
 
 
 def _principal_directions(gram: Tensor, count: int) -> Tensor:
