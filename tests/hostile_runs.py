@@ -17,6 +17,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import rich
+
 import twoview.cli
 import twoview.runs  # imported before the fork, so that no case waits for torch
 
@@ -147,6 +149,7 @@ def _run_child(folder, arguments, out, err, prepare, main):
             os.environ.pop(name, None)
         sys.argv = ["twoview", *arguments]
         prepare()
+        rich.reconfigure()  # or the console would be that of earlier tests, which had no terminal
         main()
         code = 0
     except SystemExit as stop:

@@ -128,7 +128,7 @@ def test_the_bar_of_a_long_part_is_shown_in_a_terminal_only(tmp_path, in_termina
     assert "evaluation: trained: slow took" in log
     assert "knn took" not in log
     bar = re.findall(r"evaluation: trained: slow .*?(\d+)%.*?0:00:0\d", shown)
-    assert bool(bar) == in_terminal
+    assert bool(bar) == in_terminal, shown
     if in_terminal:
         assert int(bar[0]) >= 50  # not before five of seven seconds
         assert "trained: knn " not in shown

@@ -3,7 +3,7 @@
 import pytest
 from hostile_runs import SHORT, run
 
-VIT = ("backbone.name=vit_tiny_patch16_224", "backbone.options.depth=1")
+VIT = ("backbone.name=vit_tiny_patch16_224", "backbone.stem=auto", "backbone.options.depth=1")
 
 # Command line, and part of the message.
 REFUSED = {

@@ -21,7 +21,7 @@ from twoview.evaluation.integrity import SIDE, Shared, thumbnails
 from twoview.evaluation.measure import Inputs, Labelled, Measure, Thumbnails
 from twoview.evaluation.phases import INTERRUPTED, OUT_OF_MEMORY, Taken, take
 from twoview.evaluation.probe import Prediction
-from twoview.evaluation.projection import DIRECTIONS, fit_projection, projects
+from twoview.evaluation.projection import DIRECTIONS, Projection, fit_projection, projects
 from twoview.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger(__name__)
@@ -154,9 +154,7 @@ def _inputs(
     log.info("evaluation: %s", name)
     train, test = images.labelled
     with progress.part(f"{name}: features"):
-        pixels = small["train"].pixels if network is None else None
-        cut = pixels is not None and projects(len(pixels), pixels[0].numel())
-        projection = fit_projection(pixels, encoder.device) if cut else None
+        projection = _projection(small["train"].pixels, encoder.device) if network is None else None
         basis = projection and projection.basis
         ours, theirs = (
             pixel_features(small[split].pixels, settings.memory, settings.cache, basis)
@@ -185,6 +183,10 @@ def _inputs(
         batch_size=images.batch_size,
         projection=projection,
     )
+
+
+def _projection(pixels: Tensor, device: torch.device) -> Projection | None:
+    return fit_projection(pixels, device) if projects(len(pixels), pixels[0].numel()) else None
 
 
 def _finished(compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], bool]:
