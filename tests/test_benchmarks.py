@@ -26,7 +26,7 @@ SMALL = {
     ),
     "gpu.py": (["--small", "--repeats", "1"], ["twoview fast", "twoview fused", "twoview kornia", "stock Kornia"]),
     "losses.py": (["--images", "16", "--repeats", "1"], ["twoview", "plain"]),
-    "evaluation.py": (["--smoke", "--parts", "retrieval"], ["retrieval"]),
+    "evaluation.py": (["--smoke", "--parts", "knn", "retrieval"], ["knn", "retrieval"]),
     "micro_batch.py": (
         ["--smoke", "--only", "moco"],
         ["whole batch", "pieces of 4", "pieces of 4, activations kept"],

@@ -31,13 +31,7 @@ class WholeBatch(nn.Module):
         jitter: color jitter.
     """
 
-    def __init__(
-        self,
-        recipes: Sequence[ViewRecipe],
-        size: int,
-        crop: ExactCrops | NearestCrops,
-        jitter: ExactJitter | MatrixJitter,
-    ) -> None:
+    def __init__(self, recipes: Sequence[ViewRecipe], size: int, crop: Crops, jitter: Jitter) -> None:
         super().__init__()
         self.size, self.crop, self.jitter = size, crop, jitter
         self.largest_sigma = max((recipe.blur_sigma[1] for recipe in recipes if recipe.blur_p), default=0.0)
@@ -48,7 +42,7 @@ class WholeBatch(nn.Module):
 
         Args:
             pixels: uint8 ``[N, C, H, W]``.
-            table: fp32 ``[M, K]``, rows of :func:`twoview.augment.draws.table`.
+            table: fp32 ``[M, K]``, rows of :meth:`twoview.augment.draws.Draws.table`.
             mean: mean of each channel, ``[C, 1, 1]``, on the scale [0, 1].
             std: standard deviation of each channel, ``[C, 1, 1]``, on the same scale.
 
