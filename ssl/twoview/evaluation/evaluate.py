@@ -166,7 +166,7 @@ def _inputs(
         )
     return Inputs(
         name=name,
-        encoder=network,
+        encoder=network and network.folded(),
         train=Labelled(ours, train.labels),
         test=theirs,
         train_images=train,

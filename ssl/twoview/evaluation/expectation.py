@@ -60,7 +60,7 @@ def announce(encoder: Encoder, images: ImageData, settings: EvaluationSettings, 
 
 def _image_seconds(encoder: Encoder, images: ImageData) -> tuple[float, int]:
     """Seconds per image, without those of the first batch, and number of features."""
-    train = images.labelled[0]
+    train, encoder = images.labelled[0], encoder.folded()
     some = train.subset(torch.arange(min(PIECE, len(train), images.batch_size)))
     width = encoder.feature_matrix(some, len(some)).shape[1]
     return _seconds(lambda: encoder.feature_matrix(some, len(some))) / len(some), width

@@ -128,7 +128,7 @@ def network_features(
     name = partial(key, encoder.network, encoder.preprocess, images)
 
     def parts() -> Iterator[Tensor]:
-        for part in encoder.features(images, batch_size):
+        for part in encoder.folded().features(images, batch_size):
             progress.add_steps(done=len(part))
             yield part
 

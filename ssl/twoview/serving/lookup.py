@@ -29,7 +29,7 @@ class Lookup:
     """
 
     def __init__(self, encoder: Encoder, index: Index, metrics: Metrics) -> None:
-        self.encoder, self.index, self.metrics = encoder, index, metrics
+        self.encoder, self.index, self.metrics = encoder.folded(), index, metrics
 
     def __call__(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
         """Return the answer to each query as plain values: ``vector`` or ``neighbors``, most similar first."""

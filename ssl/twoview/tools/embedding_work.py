@@ -93,7 +93,7 @@ def work(job: Job, rank: int, world: int, local_rank: int, counts: Any = None) -
         local_rank: rank on this machine, which selects the GPU.
         counts: array that all processes share, see :class:`_Progress`; None for the counts of this process.
     """
-    parts, encoder = job.parts, job.encoder.to(_device(local_rank, world))
+    parts, encoder = job.parts, job.encoder.to(_device(local_rank, world)).folded()
     todo = [_Part(job, number) for number in range(rank, len(parts), world) if not parts.is_complete(number)]
     there = len(range(rank, len(parts), world)) - len(todo)
     if there:
