@@ -1,6 +1,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from commands import train
@@ -71,3 +73,10 @@ def test_verbose_is_the_level_of_the_console(flags, level, tmp_path):
     assert logs.handlers.console.level == level
     assert "level" not in logs.handlers.file
     assert logs.loggers.twoview.level == "DEBUG"
+
+
+def test_garbage_is_collected_after_the_import_but_not_among_modules():
+    code = "import gc; from twoview.cli.imports import import_runs as get; assert get() is get()"
+    code += "; print(gc.isenabled(), gc.get_freeze_count() > 1e5, len(gc.get_objects()) < 1e5)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["True"] * 3

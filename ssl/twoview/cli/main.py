@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from twoview.cli import sweeps
 from twoview.cli.failures import propagated, system_error, watched_output
+from twoview.cli.imports import import_runs
 from twoview.cli.overrides import CONF, check_overrides, quoted, typed, without
 from twoview.cli.own_folder import take_own_folder
 from twoview.cli.resume import common_folder, resolve_resume, training_knobs
@@ -145,10 +146,9 @@ def _run(cfg: DictConfig, sweep: bool) -> Mapping[str, Any]:
     Returns:
         The report; an empty mapping if the task has no report.
     """
-    from twoview.runs import SELECTABLE  # imported late: errors in knobs are reported before torch is imported
-
-    select_by, choices = cfg.get("select_by"), ", ".join(SELECTABLE)
-    require(select_by in (None, *SELECTABLE), f"select_by={select_by}: choose one of {choices}")
+    selectable = import_runs().SELECTABLE  # imported late: errors in knobs are reported before torch is imported
+    select_by, choices = cfg.get("select_by"), ", ".join(selectable)
+    require(select_by in (None, *selectable), f"select_by={select_by}: choose one of {choices}")
     measured = select_by is None or re.sub("val/|_top1", "", select_by) in cfg.eval.parts
     require(measured, f"select_by={select_by}: this is not among eval.parts={cfg.get('eval', {}).get('parts')}")
     require(0 <= cfg.seed < 2**32, f"seed={cfg.seed}: give a whole number from 0 to {2**32 - 1}")
