@@ -263,3 +263,12 @@ def test_wrong_sizes_are_refused(dtype, shape, message):
     for size in (0, 9):
         with pytest.raises(UserError, match="sizes must lie in 1 to 8"):
             TensorImages(pixels, labels, sizes=torch.full((4, 2), size))
+
+
+def test_statistics_of_images_of_different_sizes_are_those_of_each_image():
+    sizes = torch.tensor([[5, 3], [2, 8], [5, 3], [8, 8], [1, 1]])
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes.tolist()]
+    found = image_statistics(*on_canvases(images, 3, 8))
+    assert torch.equal(found, torch.cat([image_statistics(image[None]) for image in images]))
+    torch.testing.assert_close(found[:, 0], torch.stack([image.double().mean((1, 2)) / 255 for image in images]))
+    assert image_statistics(*on_canvases([], 3, 8)).shape == (0, 3, 3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PART_BYTES = 2**26  # size in bytes of the parts in which stored canvases are moved
+VALUES = 2**18  # values from which statistics are computed at once; the cache of a processor holds them
 
 
 def on_canvases(images: Sequence[Tensor], channels: int, size: int) -> tuple[Tensor, Tensor]:
@@ -40,11 +41,14 @@ def image_statistics(pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
         random weight. This last mean differs between an image and its flipped or rotated copy.
     """
     if sizes is not None:
-        each = [image_statistics(p[None, :, :h, :w]) for p, (h, w) in zip(pixels, sizes.tolist(), strict=True)]
-        return torch.cat(each) if each else torch.zeros(0, 3, pixels.shape[1], dtype=torch.float64)
+        found = torch.zeros(len(pixels), 3, pixels.shape[1], dtype=torch.float64)
+        different, which, counts = sizes.unique(dim=0, return_inverse=True, return_counts=True)
+        for (h, w), rows in zip(different.tolist(), which.argsort().split(counts.tolist()), strict=True):
+            found[rows] = image_statistics(pixels[rows, :, :h, :w])
+        return found
     weights = _weights(pixels.shape[2:].numel())
     known = []
-    for part in pixels.split(max(1, 2**22 // max(1, pixels[:1].numel()))):
+    for part in pixels.split(max(1, VALUES // max(1, pixels[:1].numel()))):
         values = part.cpu().flatten(2).float().div_(255)
         measured = (values, values.square(), values * weights)
         known.append(torch.stack([x.mean(2, dtype=torch.float64) for x in measured], 1))
