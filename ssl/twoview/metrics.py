@@ -12,7 +12,7 @@ from twoview.losses import l2_normalize
 
 UNIFORMITY_BLOCK = 2048  # rows and columns of a block of pairs
 GRAM_ROWS = 8192  # above this number of rows, effective_rank uses the Gram matrix
-KNN_COLUMNS = 32_768  # vectors of the bank that are compared at once
+KNN_COLUMNS = 65_536  # vectors of the bank that are compared at once
 GROUP = 16  # columns of which only the maximum is sorted at first
 
 
@@ -236,7 +236,7 @@ def mean_average_precision(relevant: Tensor) -> float:
 
 @torch.no_grad()
 def knn_neighbors(
-    bank: Tensor, queries: Tensor, k: int, chunk: int = 1024, device: torch.device | None = None, unit: bool = False
+    bank: Tensor, queries: Tensor, k: int, chunk: int = 512, device: torch.device | None = None, unit: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest neighbors of each query in the bank by cosine similarity.
 
