@@ -10,8 +10,9 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from twoview.evaluation.feature_store import collect_features
+from twoview.evaluation.lbfgs import minimize
 from twoview.evaluation.logistic import feature_scale, fit_linear
-from twoview.evaluation.logistic_blocks import Regression, minimize
+from twoview.evaluation.logistic_blocks import Regression
 
 OPTIONS = [{}, {"class_weights": torch.tensor([0.5, 2.0, 1.0, 0.7]), "label_smoothing": 0.1}]
 

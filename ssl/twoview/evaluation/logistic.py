@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twoview.evaluation.cross_entropy import softmax_errors, transposed_product
+from twoview.evaluation.lbfgs import HISTORY, minimize
+
 log = logging.getLogger(__name__)
 
 ROUNDING = 3e-7  # bound on the rounding errors of a product of matrices, relative to the trace
+TOLERANCE = 1e-9  # estimated distance of the objective from its minimum at which a fit has converged
 HISTORY_NUMBERS = 2**28  # largest number of values that L-BFGS keeps of earlier steps
 
 
@@ -73,45 +76,40 @@ def fit_linear(
         standard = triangle.T
     penalties = torch.tensor(l2, dtype=torch.float32, device=features.device)
     factors = _cholesky_factors(standard, penalties, classes)
-    weights, intercepts = (
-        torch.zeros(len(l2), size, classes, device=features.device, requires_grad=True) for size in (len(factors[0]), 1)
-    )
-    limits: dict[str, Any] = {"max_iter": max_iterations, "max_eval": 2 * max_iterations}
-    # L-BFGS keeps two copies of the weights for each of its latest steps.
-    limits["history_size"] = max(10, min(100, HISTORY_NUMBERS // (2 * weights.numel() + 1)))
-    optimizer = torch.optim.LBFGS([weights, intercepts], **limits, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    rows = max(1, 2**24 // (len(l2) * classes))
+    numbers = len(l2) * (1 + len(factors[0])) * classes
+    history = max(10, min(HISTORY, HISTORY_NUMBERS // (2 * numbers + 1)))
+    rows, joined_labels = max(1, 2**24 // (len(l2) * classes)), labels.repeat_interleave(len(l2))
 
-    def solved() -> Tensor:
-        found: Tensor = torch.linalg.solve_triangular(factors.mT, weights, upper=True)
-        return found  # [P, R, C], weights of scaled features
+    def unwhitened(point: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of scaled features ``[P, R, C]`` and intercepts ``[P, 1, C]``."""
+        return torch.linalg.solve_triangular(factors.mT, point[:, :-1], upper=True), point[:, -1:] * classes**0.5
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        # One matrix for all penalties. Its gradient is summed over blocks of rows, then propagated to the weights once.
-        joined = solved().mT.flatten(0, 1)  # [P * C, R]
-        matrix = joined.detach().requires_grad_()
-        total: Tensor = (0.5 * penalties.repeat_interleave(classes)[:, None] * matrix.square()).sum()
-        total.backward()
-        for x, y in zip(standard.split(rows), labels.split(rows), strict=True):
-            scores = F.linear(x, matrix).unflatten(1, (len(l2), classes)) + intercepts.transpose(0, 1)
-            target, flat = y.repeat_interleave(len(l2)), scores.flatten(0, 1)
-            each = F.cross_entropy(flat, target, reduction="none", label_smoothing=label_smoothing)
-            part = (each if class_weights is None else each * class_weights[target]).sum() / n
-            part.backward()
-            total = total.detach() + part.detach()
-        joined.backward(matrix.grad)
-        return total
+    def objective(point: Tensor) -> tuple[float, Tensor]:
+        weights, intercepts = unwhitened(point)
+        penalized = penalties[:, None, None] * weights
+        total = 0.5 * (penalized * weights).sum(dtype=torch.float64)
+        # One matrix for all penalties.
+        matrix = weights.mT.flatten(0, 1)  # [P * C, R]
+        slopes, constants = torch.zeros_like(matrix), matrix.new_zeros(len(matrix))
+        for x, y in zip(standard.split(rows), joined_labels.split(rows * len(l2)), strict=True):
+            scores = F.linear(x, matrix, intercepts.flatten()).view(-1, classes)
+            part, errors = softmax_errors(scores, y, class_weights, label_smoothing)
+            errors = errors.view(len(x), -1)
+            total += part / n
+            slopes += transposed_product(errors, x)
+            constants += errors.sum(0)
+        slopes = slopes.unflatten(0, (len(l2), classes)).mT / n + penalized
+        slopes = torch.linalg.solve_triangular(factors, slopes, upper=False)
+        return float(total), torch.cat([slopes, constants.view(len(l2), 1, classes) * classes**0.5 / n], 1)
 
-    optimizer.step(loss)
-    state = optimizer.state[weights]
-    converged = state["n_iter"] < max_iterations and state["func_evals"] < limits["max_eval"]
+    start = standard.new_zeros(len(l2), len(factors[0]) + 1, classes)
+    point, converged = minimize(objective, start, max_iterations, TOLERANCE, history)
     if not converged:
-        log.warning("linear probe: not converged in %d iterations; raise eval.max_iterations", state["n_iter"])
-    with torch.no_grad():
-        found = solved() if n >= features.shape[1] else span @ solved()
-        slopes = found / scale[:, None]
-        return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), converged
+        log.warning("linear probe: not converged in %d iterations; raise eval.max_iterations", max_iterations)
+    found, intercepts = unwhitened(point)
+    found = found if n >= features.shape[1] else span @ found
+    slopes = found / scale[:, None]
+    return torch.cat([slopes, intercepts - mean @ slopes[:, None]], dim=1), converged
 
 
 def _cholesky_factors(standard: Tensor, penalties: Tensor, classes: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from twoview.evaluation.cross_entropy import softmax_errors, transposed_product
+from twoview.evaluation.lbfgs import minimize
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +18,6 @@ BLOCK = 2**22  # largest number of features and class scores that are processed 
 HELD = 2**25  # largest number of features that are copied for a fit instead of once in each step
 CURVATURE_ROWS = 5000  # number of images from which the diagonal of the Hessian is estimated
 TOLERANCE = 1e-6  # estimated distance of the objective from its minimum at which a fit has converged
-ROUNDING = 1e-9  # change of the objective, relative to its value, below which a fit ends
-HISTORY = 20  # number of steps from which L-BFGS estimates the Hessian
 
 
 class Regression:
@@ -78,18 +78,13 @@ class Regression:
         Returns:
             The mean, and its gradient ``[F + 1, C]``.
         """
-        matrix, smooth = (self.directions @ weights[:-1]).T.contiguous(), self.label_smoothing / self.classes
+        matrix = (self.directions @ weights[:-1]).T.contiguous()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         slopes, intercepts = torch.zeros_like(matrix), torch.zeros_like(weights[-1])
         for x, y in held or map(self._block, self._parts(positions)):
-            factor, target = self.class_weights[y], y[:, None]
-            logs = F.log_softmax(F.linear(x, matrix, weights[-1]), 1)
-            each = (1 - self.label_smoothing) * logs.gather(1, target)[:, 0]
-            total -= (factor * (each + smooth * logs.sum(1) if smooth else each)).sum(dtype=torch.float64)
-            errors = logs.exp_().sub_(smooth) if smooth else logs.exp_()
-            errors.scatter_add_(1, target, errors.new_full(target.shape, self.label_smoothing - 1))
-            errors *= factor[:, None]
-            slopes += _product(errors, x)
+            part, errors = softmax_errors(F.linear(x, matrix, weights[-1]), y, self.class_weights, self.label_smoothing)
+            total += part
+            slopes += transposed_product(errors, x)
             intercepts += errors.sum(0)
         gradient = torch.cat([self.directions.T @ slopes.T, intercepts[None]])
         count = len(self.labels) if positions is None else len(positions)
@@ -182,75 +177,3 @@ class Regression:
     def _block(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Centered features ``[n, F]`` and labels ``[n]`` of some rows, on the device."""
         return self.features[rows].to(self.device) - self.mean, self.labels[rows].to(self.device)
-
-
-def minimize(
-    objective: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, max_iterations: int, tolerance: float
-) -> tuple[Tensor, bool]:
-    """Minimize a convex function, whose Hessian is about the identity, by L-BFGS with a backtracking line search.
-
-    Source: Nocedal & Wright 2006, Numerical Optimization, algorithms 3.1 and 7.4. On a strictly convex function, every
-    step has positive curvature, so that the Wolfe condition on the slope is not needed.
-
-    Args:
-        objective: function that returns its value and its gradient at a point.
-        start: fp32 tensor of any shape, where the search begins.
-        max_iterations: largest number of iterations, at least 1.
-        tolerance: value of half the squared norm of the gradient at which the search ends. For a Hessian equal to the
-            identity, this is the distance of the function from its minimum.
-
-    Returns:
-        The point, and whether the search ended within ``max_iterations``: at the tolerance, or where the value no
-        longer changes but for rounding.
-    """
-    point, (value, gradient) = start, objective(start)
-    steps: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
-    for _ in range(max_iterations):
-        if _dot(gradient, gradient) / 2 <= tolerance:
-            return point, True
-        direction = _descent(gradient, steps)
-        slope, length = _dot(gradient, direction), 1.0
-        for _ in range(20):
-            candidate = point + length * direction
-            new_value, new_gradient = objective(candidate)
-            excess = new_value - value - length * slope
-            # The value is known up to rounding only, which must not reject a step near the minimum.
-            if new_value <= value + 1e-4 * length * slope + 100 * ROUNDING * abs(value):
-                break
-            length *= min(0.5, max(0.1, -0.5 * length * slope / excess))  # minimum of the parabola
-        change, turn = candidate - point, new_gradient - gradient
-        if (product := _dot(change, turn)) > 0:
-            steps.append((change, turn, product))
-        progress, point, value, gradient = value - new_value, candidate, new_value, new_gradient
-        if abs(progress) <= ROUNDING * abs(value):
-            return point, True
-    return point, _dot(gradient, gradient) / 2 <= tolerance
-
-
-def _descent(gradient: Tensor, steps: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """Direction of L-BFGS: minus the gradient times the inverse Hessian that the steps suggest."""
-    direction, shares = -gradient, []
-    for change, turn, product in reversed(steps):
-        shares.append(_dot(change, direction) / product)
-        direction = direction - shares[-1] * turn
-    if steps:
-        _, turn, product = steps[-1]
-        direction = direction * (product / _dot(turn, turn))
-    for (change, turn, product), share in zip(steps, reversed(shares), strict=True):
-        direction = direction + (share - _dot(turn, direction) / product) * change
-    return direction
-
-
-def _product(errors: Tensor, features: Tensor) -> Tensor:
-    """The product ``[C, F]`` of ``errors.T`` and features, ``[n, C]`` and ``[n, F]``.
-
-    A thread for each part of the rows: BLAS would divide the C columns among the threads, which is slow for small C.
-    """
-    threads = torch.get_num_threads()
-    whole = len(errors) // threads * threads
-    a, b = (x[:whole].view(threads, whole // threads, x.shape[1]) for x in (errors, features))
-    return torch.bmm(a.mT, b).sum(0).addmm_(errors[whole:].T, features[whole:])
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.flatten(), b.flatten()))
