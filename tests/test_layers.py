@@ -47,6 +47,7 @@ LIBRARIES = {
     "files": set(),
     "torch_files": {"torch", "safetensors"},
     "timm_folder": {"torch", "timm"},
+    "folding": {"torch", "timm"},
     "encoder": {"torch", "safetensors", "PIL"},
     "training": {"torch", "lightning", "rich"},
     "evaluation": {"torch", "numpy", "sklearn", "scipy", "torchmetrics", "safetensors"},
