@@ -74,12 +74,17 @@ class Net(nn.Module):
             return self.norm(y) + self.norm(x)
         if self.way == "depends on values" and y.sum() > 0:
             return y
+        if self.way == "weights of the convolution used":
+            return self.norm(y) + self.conv.weight.sum()
+        if self.way == "weights of BatchNorm used":
+            return self.norm(y) * self.norm.weight.sum()
         if self.way == "between":
             y = y.relu()
         return self.norm(y)
 
 
 STAYS = ["output used twice", "convolution applied twice", "BatchNorm applied twice", "between", "depends on values"]
+STAYS += ["weights of the convolution used", "weights of BatchNorm used"]
 
 
 @pytest.mark.parametrize("way", STAYS)

@@ -92,7 +92,7 @@ def test_knn_does_not_depend_on_the_chunk_size():
         assert_close(a, b)
 
 
-@pytest.mark.parametrize(("bank", "k"), [(70_000, 7), (40_000, 300), (33_000, 40_000), (5000, 5)])
+@pytest.mark.parametrize(("bank", "k"), [(70_000, 7), (66_000, 300), (65_700, 66_000), (66_000, 66_000), (5000, 5)])
 def test_blocks_of_the_bank_give_the_neighbors_of_one_whole_ranking(bank, k):
     generator = torch.Generator().manual_seed(0)
     x, queries = torch.randn(bank, 6, generator=generator), torch.randn(5, 6, generator=generator)
@@ -105,7 +105,7 @@ def test_blocks_of_the_bank_give_the_neighbors_of_one_whole_ranking(bank, k):
 
 
 def test_of_many_equal_vectors_any_are_neighbors_but_never_a_less_similar_one():
-    x = torch.eye(2).repeat(20_000, 1)  # even positions equal the query
+    x = torch.eye(2).repeat(40_000, 1)  # even positions equal the query
     similarity, position = metrics.knn_neighbors(x, torch.tensor([[1.0, 0.0]]), 150)
     assert (similarity == 1).all()
     assert (position % 2 == 0).all()
@@ -146,6 +146,6 @@ def test_votes_of_many_queries_are_those_of_each_query():
 def test_no_tensor_grows_with_the_number_of_pairs():
     x = torch.randn(70_000, 4, generator=torch.Generator().manual_seed(0))
     assert largest_tensor(lambda: x @ x[:2000].T) == 140_000_000
-    assert largest_tensor(lambda: metrics.knn_neighbors(x, x[:3000], 3)) <= 1024 * 32_768
+    assert largest_tensor(lambda: metrics.knn_neighbors(x, x[:3000], 3)) <= 512 * 65_536
     assert largest_tensor(lambda: metrics.uniformity(x[:6000])) <= 2048**2
     assert largest_tensor(lambda: metrics.effective_rank(x)) <= 8192 * 4

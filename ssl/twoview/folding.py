@@ -63,6 +63,9 @@ def _pairs(network: nn.Module) -> list[tuple[str, str]]:
     nodes = list(_Tracer().trace(network).nodes)
     modules = dict(network.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(node.target)]) for node in nodes if node.op == "call_module")
+    # A module whose weights are read directly is used more than once.
+    owners = (str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr")
+    calls.update(id(modules[owner]) for owner in owners)
 
     def once(node: Any, *kinds: type) -> bool:
         if not isinstance(node, torch.fx.Node) or node.op != "call_module":

@@ -272,3 +272,18 @@ def test_statistics_of_images_of_different_sizes_are_those_of_each_image():
     assert torch.equal(found, torch.cat([image_statistics(image[None]) for image in images]))
     torch.testing.assert_close(found[:, 0], torch.stack([image.double().mean((1, 2)) / 255 for image in images]))
     assert image_statistics(*on_canvases([], 3, 8)).shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_statistics_of_an_image_do_not_depend_on_the_images_beside_it(channels):
+    pixels = torch.randint(0, 256, (3, channels, 300, 300), dtype=torch.uint8)
+    found = image_statistics(pixels)
+    assert torch.equal(found, image_statistics(pixels, torch.full((3, 2), 300)))
+    for image, known in zip(pixels, found, strict=True):
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                assert torch.equal(image_statistics(image[None])[0], known)
+            finally:
+                torch.set_num_threads(before)

@@ -44,14 +44,16 @@ def image_statistics(pixels: Tensor, sizes: Tensor | None = None) -> Tensor:
         found = torch.zeros(len(pixels), 3, pixels.shape[1], dtype=torch.float64)
         different, which, counts = sizes.unique(dim=0, return_inverse=True, return_counts=True)
         for (h, w), rows in zip(different.tolist(), which.argsort().split(counts.tolist()), strict=True):
-            found[rows] = image_statistics(pixels[rows, :, :h, :w])
+            for part in rows.split(max(1, VALUES // (pixels.shape[1] * h * w))):
+                found[part] = image_statistics(pixels[part, :, :h, :w])
         return found
     weights = _weights(pixels.shape[2:].numel())
     known = []
     for part in pixels.split(max(1, VALUES // max(1, pixels[:1].numel()))):
         values = part.cpu().flatten(2).float().div_(255)
         measured = (values, values.square(), values * weights)
-        known.append(torch.stack([x.mean(2, dtype=torch.float64) for x in measured], 1))
+        # All together: torch would divide the sum of a single channel among threads, which changes its last bits.
+        known.append(torch.stack(measured, 1).mean(3, dtype=torch.float64))
     return torch.cat(known)
 
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROWS_PER_COLUMN = 16  # smallest number of rows of a thread for each column of a product that is divided by rows
+
 
 def softmax_errors(
     scores: Tensor, labels: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
@@ -39,9 +41,12 @@ def softmax_errors(
 def transposed_product(errors: Tensor, features: Tensor) -> Tensor:
     """Return the product ``[C, F]`` of ``errors.T`` and features, ``[n, C]`` and ``[n, F]``.
 
-    A thread for each part of the rows: BLAS would divide the C columns among the threads, which is slow for small C.
+    On the CPU, each thread computes the product of a part of the rows if they are many more than the columns C. BLAS
+    would divide the C columns among the threads, which is slow for small C.
     """
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if errors.device.type == "cpu" else 1
+    if len(errors) < ROWS_PER_COLUMN * threads * errors.shape[1]:
+        return errors.T @ features
     whole = len(errors) // threads * threads
     a, b = (x[:whole].view(threads, whole // threads, x.shape[1]) for x in (errors, features))
     return torch.bmm(a.mT, b).sum(0).addmm_(errors[whole:].T, features[whole:])

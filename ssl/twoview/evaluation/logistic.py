@@ -13,7 +13,7 @@ from twoview.evaluation.lbfgs import HISTORY, minimize
 log = logging.getLogger(__name__)
 
 ROUNDING = 3e-7  # bound on the rounding errors of a product of matrices, relative to the trace
-TOLERANCE = 1e-9  # estimated distance of the objective from its minimum at which a fit has converged
+TOLERANCE = 1e-11  # estimated distance of the objective from its minimum at which a fit has converged
 HISTORY_NUMBERS = 2**28  # largest number of values that L-BFGS keeps of earlier steps
 
 

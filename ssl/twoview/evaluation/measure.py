@@ -70,7 +70,7 @@ class Inputs:
 
     Attributes:
         name: "trained", "random initialization" or "raw pixels".
-        encoder: the network; None for raw pixels.
+        encoder: the network, with BatchNorm folded into convolutions; None for raw pixels.
         train: features and labels of the training images.
         test: fp32 ``[T, F]`` features of the test images.
         train_images: the training images.
