@@ -1,11 +1,12 @@
 """Freed memory is kept in the process during training on a CPU, and returned afterwards."""
 
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-import torch
-from hostile_runs import start
+from commands import environment
 from short_runs import CPU, StopsAfter, pretrain
 
 from twoview.errors import Interrupted
@@ -13,35 +14,33 @@ from twoview.training.callbacks import KeepMemory, keep_memory
 from twoview.training.callbacks.keep_memory import DEFAULTS, set_allocator
 
 glibc = pytest.mark.skipif(not set_allocator(DEFAULTS), reason="this C library is not glibc")
-
+# Pages that the system hands out while a fresh process makes and frees large tensors. A fork of this process would use
+# again what other tests have left free in its heap: trimmed, it is handed out once, and used again in later rounds.
+PAGES = """
+import resource
+import torch
+from twoview.training.callbacks import keep_memory
 
 def pages(rounds=3):
-    """Pages that the system hands out while this process makes and frees large tensors, in each round."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
         tensors = [torch.empty(size * 2**20, dtype=torch.uint8).fill_(1) for size in (40, 64, 48, 96, 36)]
-        assert len(tensors) == 5
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
 
-
-def print_pages():
-    """Pages before, while and after freed memory is kept."""
-    keep_memory._glibc().malloc_trim(0)  # or free memory that other tests have left would be used again
-    before = pages()
-    assert keep_memory.set_allocator(keep_memory.KEPT)
-    pages()
-    kept = pages()
-    keep_memory.set_allocator(keep_memory.DEFAULTS)
-    keep_memory._glibc().malloc_trim(0)
-    print(before, kept, pages())
+before = pages()
+assert keep_memory.set_allocator(keep_memory.KEPT)
+pages()
+kept = pages()
+keep_memory.set_allocator(keep_memory.DEFAULTS)
+keep_memory._glibc().malloc_trim(0)
+print(before, kept, pages())
+"""
 
 
 @glibc
-def test_the_memory_of_large_tensors_is_used_again_while_it_is_kept_and_not_before_and_after(tmp_path):
-    process = start(tmp_path / "work", main=print_pages)
-    code, (out, err) = process.wait(), process.texts()
-    assert code == 0, err
-    before, kept, after = map(float, out.split())
+def test_the_memory_of_large_tensors_is_used_again_while_it_is_kept_and_not_before_and_after():
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, env=environment(), check=True)
+    before, kept, after = map(float, done.stdout.split())
     everything = 284 * 2**20 / resource.getpagesize()
     assert before > 0.9 * everything
     assert kept < 0.1 * everything
