@@ -214,7 +214,8 @@ def _of_image(image: Image.Image, fit: _Fit, channels: int) -> tuple[Tensor, Sha
     if image.format == "JPEG" and image.mode in fit.drafted:
         height, width = fit.draft(*shape[:2])
         # libjpeg decodes at a reduced size that is not below this one; the last pixels may be covered only in part.
-        _, box = image.draft(image.mode, (width, height)) or ("", None)
+        if 2 * height <= shape[0] and 2 * width <= shape[1]:  # otherwise at its own size
+            _, box = image.draft(image.mode, (width, height)) or ("", None)
     orientation, plain = _orientation(image), image
     upright = shape if orientation < 5 else (shape[1], shape[0], shape[2])
     if plain.mode.startswith(("I", "F")):  # Pillow's conversion to 8 bits would clip such values to white
@@ -230,9 +231,10 @@ def _of_image(image: Image.Image, fit: _Fit, channels: int) -> tuple[Tensor, Sha
     if channels not in (1, 3):
         plain = _upright(plain if plain.mode in ("RGBA", "CMYK") else plain.convert("RGBA"), orientation)
         return _bytes(fit.of_values(_scaled(np.asarray(plain).transpose(2, 0, 1), channels))), upright
-    fitted = fit.of_image(plain.convert("L" if channels == 1 else "RGB"), shape, box, orientation)
-    pixels = np.array(fitted).reshape(fitted.height, fitted.width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), upright
+    mode = "L" if channels == 1 else "RGB"
+    fitted = fit.of_image(plain if plain.mode == mode else plain.convert(mode), shape, box, orientation)
+    pixels = np.asarray(fitted).reshape(fitted.height, fitted.width, channels)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), upright
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
