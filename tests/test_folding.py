@@ -43,6 +43,9 @@ def test_features_are_equal(name: str) -> None:
     assert norms(network) > 0 == norms(folded)
     check_equal(network, folded)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    for convolutions, layout in ((network, torch.contiguous_format), (folded, torch.channels_last)):
+        weights = [each.weight for each in convolutions.modules() if isinstance(each, nn.Conv2d)]
+        assert all(weight.is_contiguous(memory_format=layout) for weight in weights)
 
 
 def test_network_without_batch_norm_is_returned() -> None:

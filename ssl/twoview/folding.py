@@ -45,7 +45,8 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         rest = nn.Sequential(after.drop, after.act) if isinstance(after, BatchNormAct2d) else nn.Identity()
         folded.set_submodule(conv, fuse_conv_bn_eval(before, after))  # type: ignore[type-var, arg-type]
         folded.set_submodule(norm, rest)
-    return folded if pairs else network
+    # Otherwise torch would copy all weights to this format in each forward pass of images in this format.
+    return folded.to(memory_format=torch.channels_last) if pairs else network
 
 
 class _Tracer(torch.fx.Tracer):
