@@ -8,7 +8,9 @@ from short_runs import make_inputs
 from sklearn.neighbors import KNeighborsClassifier
 
 from twoview.data import fixed_sample, split_holdout
+from twoview.evaluation import neighbors
 from twoview.evaluation.knn import KNN
+from twoview.losses import l2_normalize
 
 
 def test_k_is_chosen_on_held_out_labels_as_by_scikit_learn():
@@ -51,3 +53,15 @@ def test_k_is_chosen_on_a_fixed_part_of_many_held_out_images():
     found = KNN(k=(20,), temperature=(0.07,), k_images=7).choose(make_inputs(features, labels, features), {})
     assert found.chosen["val_top1"] == pytest.approx(model.score(features[part], labels[part]))
     assert found.chosen["val_top1"] != pytest.approx(model.score(features[held], labels[held]))
+
+
+def test_neighbors_of_several_steps_are_those_of_one(monkeypatch):
+    features, _ = blobs(spread=4.0)
+    bank, queries = features[:150], features[150:]
+    whole = neighbors.neighbors(bank, queries, 5, torch.device("cpu"))
+    expected = (l2_normalize(queries) @ l2_normalize(bank).T).topk(5)
+    torch.testing.assert_close(whole, tuple(expected))
+    for least, pairs in ((3, 1), (1, 150 * 7)):
+        monkeypatch.setattr(neighbors, "QUERIES", least)
+        monkeypatch.setattr(neighbors, "PAIRS", pairs)
+        torch.testing.assert_close(neighbors.neighbors(bank, queries, 5, torch.device("cpu")), whole)
