@@ -17,7 +17,7 @@ LAYERS = {
     "arithmetic": {"losses", "streaming", "variants", "schedules", "metrics"},
     "parts": {
         *("backbones", "heads", "momentum", "negatives", "distributed", "optim", "augment", "data"),
-        *("files", "torch_files", "devices", "folding", "recomputation"),
+        *("files", "torch_files", "devices", "allocator", "folding", "recomputation"),
         "timm_folder",
     },
     "encoder": {"encoder", "loading"},

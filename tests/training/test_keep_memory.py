@@ -9,9 +9,10 @@ import pytest
 from commands import environment
 from short_runs import CPU, StopsAfter, pretrain
 
+from twoview import allocator
+from twoview.allocator import DEFAULTS, set_allocator
 from twoview.errors import Interrupted
 from twoview.training.callbacks import KeepMemory, keep_memory
-from twoview.training.callbacks.keep_memory import DEFAULTS, set_allocator
 
 glibc = pytest.mark.skipif(not set_allocator(DEFAULTS), reason="this C library is not glibc")
 # Pages that the system hands out while a fresh process makes and frees large tensors. A fork of this process would use
@@ -19,7 +20,7 @@ glibc = pytest.mark.skipif(not set_allocator(DEFAULTS), reason="this C library i
 PAGES = """
 import resource
 import torch
-from twoview.training.callbacks import keep_memory
+from twoview.allocator import DEFAULTS, KEPT, return_memory, set_allocator
 
 def pages(rounds=3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,11 +29,11 @@ def pages(rounds=3):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
 
 before = pages()
-assert keep_memory.set_allocator(keep_memory.KEPT)
+assert set_allocator(KEPT)
 pages()
 kept = pages()
-keep_memory.set_allocator(keep_memory.DEFAULTS)
-keep_memory._glibc().malloc_trim(0)
+set_allocator(DEFAULTS)
+return_memory()
 print(before, kept, pages())
 """
 
@@ -98,5 +99,5 @@ def test_nothing_is_kept_if_memory_is_scarce(recorded, tmp_path, monkeypatch):
 
 
 def test_nothing_is_kept_without_glibc(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(keep_memory, "_glibc", lambda: None)
+    monkeypatch.setattr(allocator, "_glibc", lambda: None)
     assert not any(recorded(tmp_path).kept)

@@ -1,19 +1,12 @@
 """Reuse of freed memory by the C library, which otherwise returns every large tensor to the system."""
 
-import ctypes
-import math
-import sys
 from typing import Any
 
 import lightning as L
 import torch
 
+from twoview.allocator import DEFAULTS, KEPT, peak_memory, return_memory, set_allocator
 from twoview.devices import available_memory
-
-# Parameters of mallopt(3) of glibc, with the values that glibc itself reaches for programs with large allocations.
-TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-DEFAULTS = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536}
-KEPT = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
 
 
 class KeepMemory(L.Callback):
@@ -52,29 +45,5 @@ class KeepMemory(L.Callback):
     def _release(self) -> None:
         if self.kept:
             set_allocator(DEFAULTS)
-            _glibc().malloc_trim(0)
+            return_memory()
         self.kept = False
-
-
-def peak_memory() -> float:
-    """Return the largest number of bytes that this process has occupied; infinity if it is not known."""
-    if not sys.platform.startswith("linux"):
-        return math.inf
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def set_allocator(parameters: dict[int, int]) -> bool:
-    """Set parameters of the memory allocator of glibc; returns whether it took all of them."""
-    library = _glibc()
-    return library is not None and all(library.mallopt(name, value) == 1 for name, value in parameters.items())
-
-
-def _glibc() -> Any:
-    """The C library of this process; None if it is not glibc."""
-    try:
-        library = ctypes.CDLL(None)
-        return library if library.gnu_get_libc_version and library.mallopt and library.malloc_trim else None
-    except (AttributeError, OSError, TypeError):  # TypeError on Windows
-        return None
