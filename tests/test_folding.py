@@ -60,6 +60,14 @@ def test_network_in_training_mode() -> None:
     check_equal(network, folded)
 
 
+def test_network_with_weights_of_five_dimensions() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Unflatten(1, (1, 8)), nn.Conv3d(1, 2, 3)
+    network = with_random_statistics(nn.Sequential(*layers))
+    folded = fold_batch_norm(network)
+    assert norms(folded) == 0
+    check_equal(network, folded)
+
+
 class Net(nn.Module):
     """A convolution and a BatchNorm that are combined in different ways."""
 

@@ -1,4 +1,4 @@
-"""Settings of the memory allocator of the C library, if it is glibc."""
+"""Memory of the process, and settings of the allocator of the C library if it is glibc."""
 
 import ctypes
 import math
@@ -8,6 +8,7 @@ from typing import Any
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # parameters of mallopt(3)
 # A freed tensor above 32 MiB is returned to the system at once, other memory if more than 64 MiB lie free at the end of
 # the heap. glibc raises its limits to these values only as it frees tensors of such sizes.
+# Where torch has an allocator of its own, as on Linux for ARM, tensors on the CPU are not affected.
 DEFAULTS = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536}
 KEPT = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}  # all memory is kept in the process
 
@@ -22,7 +23,7 @@ def peak_memory() -> float:
 
 
 def set_allocator(parameters: dict[int, int]) -> bool:
-    """Set parameters of the allocator for the whole process; returns False without glibc.
+    """Set parameters of the allocator for the whole process; returns whether it took all of them.
 
     Args:
         parameters: DEFAULTS or KEPT.

@@ -22,7 +22,8 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         network: a network for images ``[N, C, H, W]``; not changed.
 
     Returns:
-        The copy; or the network itself if it has nothing to fold, or cannot be traced by :mod:`torch.fx`.
+        The copy, with the weights of convolutions in channels_last format; or the network itself if it has nothing to
+        fold, or cannot be traced by :mod:`torch.fx`.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -45,8 +46,10 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         rest = nn.Sequential(after.drop, after.act) if isinstance(after, BatchNormAct2d) else nn.Identity()
         folded.set_submodule(conv, fuse_conv_bn_eval(before, after))  # type: ignore[type-var, arg-type]
         folded.set_submodule(norm, rest)
-    # Otherwise torch would copy all weights to this format in each forward pass of images in this format.
-    return folded.to(memory_format=torch.channels_last) if pairs else network
+    for module in folded.modules():
+        if isinstance(module, nn.Conv2d):  # or torch would copy the weights in each forward pass of such images
+            module.to(memory_format=torch.channels_last)
+    return folded if pairs else network
 
 
 class _Tracer(torch.fx.Tracer):

@@ -1,5 +1,6 @@
-import ctypes
 import json
+import os
+import platform
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from hostile_runs import run
 from omegaconf import OmegaConf
 from two_ranks import as_script
 
+from twoview import allocator
 from twoview.cli import sweeps
 
 SHORT = ["trainer.max_epochs=1", "data.image_size=10", "eval.baselines=false"]
@@ -76,26 +78,39 @@ def test_verbose_is_the_level_of_the_console(flags, level, tmp_path):
     assert logs.loggers.twoview.level == "DEBUG"
 
 
-IMPORT = """
-import ctypes, gc
+def test_garbage_is_collected_after_the_import_but_not_among_modules():
+    code = "import gc; from twoview.cli.imports import import_runs as get; assert get() is get()"
+    code += "; print(gc.isenabled(), gc.get_freeze_count() > 1e5, len(gc.get_objects()) < 1e5)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["True"] * 3
+
+
+# Prints for tensors of 20 and 40 MiB whether each has a block of memory of its own.
+BLOCKS = """
+import ctypes
+import torch
 from twoview.cli.imports import import_runs
 
-assert import_runs() is import_runs()
-print(gc.isenabled(), gc.get_freeze_count() > 1e5, len(gc.get_objects()) < 1e5)
-
-import torch
-
+import_runs()
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = type("", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
-for size in (20, 40):  # MiB
+tensors = []
+for size in (20, 40):
     before = library.mallinfo2().hblks
-    tensor = torch.empty(size * 2**20, dtype=torch.uint8)
-    print(library.mallinfo2().hblks == before)
+    tensors.append(torch.empty(size * 2**20, dtype=torch.uint8))
+    print(library.mallinfo2().hblks > before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library is not glibc 2.33 or newer")
-def test_import_collects_no_garbage_and_keeps_the_memory_of_smaller_tensors():
-    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["True"] * 4 + ["False"]  # only larger tensors have blocks of their own
+@pytest.mark.skipif(
+    not hasattr(allocator._glibc(), "mallinfo2") or platform.machine() != "x86_64",
+    reason="this C library is not glibc 2.33 or newer, or torch does not use its allocator",
+)
+@pytest.mark.parametrize(
+    ("given", "blocks"), [({}, "False True"), ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, "True True")]
+)
+def test_tensors_up_to_32_mib_share_memory_unless_the_environment_sets_glibc(given, blocks):
+    command, variables = [sys.executable, "-c", BLOCKS], {**os.environ, **given}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=variables)
+    assert done.stdout.split() == blocks.split()

@@ -58,10 +58,15 @@ def test_k_is_chosen_on_a_fixed_part_of_many_held_out_images():
 def test_neighbors_of_several_steps_are_those_of_one(monkeypatch):
     features, _ = blobs(spread=4.0)
     bank, queries = features[:150], features[150:]
+    steps = []
+    monkeypatch.setattr(neighbors, "track", lambda parts: steps.append([len(part) for part in parts]) or parts)
     whole = neighbors.neighbors(bank, queries, 5, torch.device("cpu"))
     expected = (l2_normalize(queries) @ l2_normalize(bank).T).topk(5)
     torch.testing.assert_close(whole, tuple(expected))
-    for least, pairs in ((3, 1), (1, 150 * 7)):
-        monkeypatch.setattr(neighbors, "QUERIES", least)
-        monkeypatch.setattr(neighbors, "PAIRS", pairs)
+    assert steps.pop() == [len(queries)]
+    for fewest, most, products, step in ((3, 100, 1, 3), (1, 100, 7 * bank.numel(), 7), (1, 5, 7 * bank.numel(), 5)):
+        monkeypatch.setattr(neighbors, "FEWEST", fewest)
+        monkeypatch.setattr(neighbors, "MOST", most)
+        monkeypatch.setattr(neighbors, "PRODUCTS", products)
         torch.testing.assert_close(neighbors.neighbors(bank, queries, 5, torch.device("cpu")), whole)
+        assert steps.pop()[0] == step

@@ -231,6 +231,7 @@ def _of_image(image: Image.Image, fit: _Fit, channels: int) -> tuple[Tensor, Sha
     if channels not in (1, 3):
         plain = _upright(plain if plain.mode in ("RGBA", "CMYK") else plain.convert("RGBA"), orientation)
         return _bytes(fit.of_values(_scaled(np.asarray(plain).transpose(2, 0, 1), channels))), upright
+    plain.load()  # which changes the mode in some formats
     mode = "L" if channels == 1 else "RGB"
     fitted = fit.of_image(plain if plain.mode == mode else plain.convert(mode), shape, box, orientation)
     pixels = np.asarray(fitted).reshape(fitted.height, fitted.width, channels)

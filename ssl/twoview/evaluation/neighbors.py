@@ -8,8 +8,9 @@ from twoview.evaluation.progress import track
 from twoview.losses import l2_normalize
 from twoview.metrics import knn_neighbors
 
-QUERIES = 4096  # smallest number of queries of a step of the progress display, which normalizes the bank again
-PAIRS = 2**29  # pairs of a query and a vector of the bank of such a step, if there are enough queries
+# Each step of the progress display normalizes the bank again, and keeps its results on the device.
+FEWEST, MOST = 4096, 65_536  # queries of a step
+PRODUCTS = 2**38  # products of two numbers in a step, if it has more than the fewest queries
 
 
 def neighbors(bank: Tensor, queries: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def neighbors(bank: Tensor, queries: Tensor, k: int, device: torch.device) -> tu
     Returns:
         Cosine similarities fp32 ``[N, k]`` and int64 positions ``[N, k]``, on the device of the queries.
     """
-    step = max(QUERIES, PAIRS // max(1, len(bank)))
+    step = min(max(FEWEST, PRODUCTS // max(1, bank.numel())), MOST)
     parts = [knn_neighbors(bank, part, k, device=device) for part in track(queries.split(step))]
     return torch.cat([similarity for similarity, _ in parts]), torch.cat([position for _, position in parts])
 
