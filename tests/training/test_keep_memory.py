@@ -16,7 +16,8 @@ from twoview.training.callbacks import KeepMemory, keep_memory
 
 glibc = pytest.mark.skipif(not set_allocator(DEFAULTS), reason="this C library is not glibc")
 # Pages that the system hands out while a fresh process makes and frees large tensors. A fork of this process would use
-# again what other tests have left free in its heap: trimmed, it is handed out once, and used again in later rounds.
+# again what other tests have left free in its heap: trimmed, it is handed out once, and used again in later rounds. All
+# tensors of a round are freed before the next one, or the heap would be divided into pieces that differ by its address.
 PAGES = """
 import resource
 import torch
@@ -26,6 +27,7 @@ def pages(rounds=3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
         tensors = [torch.empty(size * 2**20, dtype=torch.uint8).fill_(1) for size in (40, 64, 48, 96, 36)]
+        del tensors
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
 
 before = pages()
