@@ -38,9 +38,11 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         return network
     try:
         pairs = _pairs(copy.deepcopy(network).eval())
-        folded = copy.deepcopy(network).eval()
     except Exception:  # the forward pass of any network may fail in any way when it is traced
         return network
+    if not pairs:
+        return network
+    folded = copy.deepcopy(network).eval()
     for conv, norm in pairs:
         before, after = folded.get_submodule(conv), folded.get_submodule(norm)
         rest = nn.Sequential(after.drop, after.act) if isinstance(after, BatchNormAct2d) else nn.Identity()
@@ -49,7 +51,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     for module in folded.modules():
         if isinstance(module, nn.Conv2d):  # or torch would copy the weights in each forward pass of such images
             module.to(memory_format=torch.channels_last)
-    return folded if pairs else network
+    return folded
 
 
 class _Tracer(torch.fx.Tracer):
