@@ -1,3 +1,4 @@
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -15,3 +16,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "first"
     folder.mkdir()
     return SimpleNamespace(folder=folder, report=pretrain(folder))
+
+
+def pytest_collection_finish():
+    """Exclude all modules from garbage collection: in each forked process it would copy the memory that they share."""
+    gc.freeze()
