@@ -36,9 +36,10 @@ class Linear(Measure):
             equal weight.
         batch_norm: divide each feature by its own standard deviation; False divides all features by one number. Raw
             pixels that are projected are divided by one number in both cases, see :meth:`Inputs.scale`.
-        l2_images: largest number of training images on which all penalties are compared, at least 1. If there are more
-            beside the held-out images, a part of them is drawn, with the same shares of the classes if it has at least
-            one image of each. The best penalty of the part is compared with its neighbors on all of these images.
+        l2_images: number of training images on which all penalties are compared, at least 1. If there are more beside
+            the held-out images, by at least the number of classes, a part of them is drawn, with the same shares of the
+            classes if it has at least one image of each. The best penalty of the part is compared with its neighbors on
+            all of these images.
 
     Raises:
         UserError: if a value is out of range.
@@ -74,7 +75,9 @@ class Linear(Measure):
     def choose(self, inputs: Inputs, earlier: ByName) -> Prediction:
         """Choose the penalty on held-out labels, fit on all training labels, and classify the test images."""
         grid = sorted(self.l2, reverse=True)  # of equally accurate penalties, the strongest is chosen
-        fit = self._fit_few if len(inputs.split()[0]) <= self.l2_images else self._fit_many
+        # A part can be stratified if the rest has at least as many images as there are classes.
+        few = len(inputs.split()[0]) < self.l2_images + inputs.classes
+        fit = self._fit_few if few else self._fit_many
         found, chosen = fit(inputs, grid)
         return probe.linear_prediction(found, inputs.test, chosen)
 
