@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from evaluation.helpers_evaluation import blobs, evaluate, quick
 from evaluation.slow_measure import start
-from short_runs import SIZE, make_inputs, pretrain
+from short_runs import SIZE, make_inputs, pretrain, short_data
 
+from twoview.augment import TwoViews
 from twoview.errors import Interrupted, UserError
-from twoview.evaluation.evaluate import take
+from twoview.evaluation import progress
+from twoview.evaluation.evaluate import evaluate as evaluation, take
 from twoview.evaluation.knn import KNN
 from twoview.evaluation.measure import Measure
 from twoview.evaluation.settings import EvaluationSettings
@@ -124,6 +126,31 @@ def test_what_is_finished_is_reported_after_an_interrupt(encoder, tmp_path, wher
         assert set(report["results"]["trained"]) == {"knn", "fails", "retrieval", "clustering"}
         assert set(report["results"]["random initialization"]) == {"knn"}
     assert "interrupted" in (tmp_path / "report.md").read_text()
+
+
+def test_an_interrupt_after_the_last_choice_of_a_baseline_stops_too(encoder, tmp_path):
+    class Interrupts:
+        """A progress display in which Ctrl-C is pressed while it is removed."""
+
+        def start(self, name):
+            self.name = name
+
+        def update(self, done, total):
+            pass
+
+        def stop(self):
+            if self.name == "random initialization: knn" and not pressed:
+                pressed.append(self.name)
+                signal.raise_signal(signal.SIGINT)
+
+    pressed, data = [], short_data()
+    views = TwoViews(SIZE, 1, [0.5], [0.25])
+    with progress.shown_by(Interrupts()):
+        report, _ = evaluation(encoder, data, views, with_part(), 0)
+    assert pressed
+    assert report["incomplete"] is True
+    assert set(report["results"]) == {"trained", "random initialization"}
+    assert report["missing"] == {"raw pixels": {"all": "interrupted"}}
 
 
 def test_an_interrupt_during_a_score_leaves_the_other_scores():

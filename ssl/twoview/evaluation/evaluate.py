@@ -102,7 +102,7 @@ def evaluate(
         taken = take(settings.measures, given, test.labels)
         if given.projection is not None:
             taken.found["projection"] = given.projection.facts()
-        if taken.missing:
+        if taken.missing or taken.stopped:
             raise _Incomplete(taken)
         return taken.found
 
