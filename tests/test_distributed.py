@@ -26,6 +26,9 @@ CASES = {
     "simclr": (methods.SimCLR, {}, {}, "group"),
     "simclr same labels": (methods.SimCLR, {"same": "labels"}, {"same": "labels"}, "group"),
     "simclr dclw": (methods.SimCLR, {"variant": "dclw"}, {"variant": "dclw"}, "group"),
+    "simclr dcl": (methods.SimCLR, {"variant": "dcl"}, {"variant": "dcl"}, "group"),
+    "simclr debiased": (methods.SimCLR, {"variant": "debiased"}, {"variant": "debiased"}, "group"),
+    "simclr hard": (methods.SimCLR, {"variant": "hard", "beta": 0.5}, {"variant": "hard", "beta": 0.5}, "group"),
     "simclr masked, learned temperature": (
         methods.SimCLR,
         {"mask_above": 0.9, "learn_temperature": True},
