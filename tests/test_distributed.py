@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from twoview import distributed, methods
 from twoview.heads import projection_head
+from twoview.losses import clip_loss
 from twoview.training.gradient_caching import split_batch, step_in_pieces
 
 N, STEPS = 12, 2
@@ -147,12 +148,22 @@ def train(name, rank=0, world=1):
     return {"losses": losses, "gradients": gradients, "state": keep, "reductions": reductions}
 
 
+def clip(rank=0, world=1):
+    """Loss of the images of a rank, and the gradient of the sum of the losses of all ranks."""
+    views = torch.randn(2, N, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    own = views[:, rank::world].clone().requires_grad_()
+    loss = clip_loss(distributed.gather(own[0]), distributed.gather(own[1]), 0.2, distributed.own_rows())
+    loss.backward()
+    return loss.detach(), own.grad
+
+
 def work(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for name in CASES:
         torch.save(train(name, rank, 2), f"{folder}/{name} {rank}.pt")
+    torch.save(clip(rank, 2), f"{folder}/clip {rank}.pt")
     x = torch.arange(6.0).view(3, 2) * (rank + 1)
     torch.save(distributed.gather(x), f"{folder}/gathered {rank}.pt")
     dist.destroy_process_group()
@@ -200,6 +211,14 @@ def test_two_ranks_are_one_process_on_the_joined_batch(name, two_ranks):
         for (i, key), (j, other) in zip(contents[0], contents[1], strict=True):
             assert i == j
             assert_close(key, other, rtol=1e-10, atol=1e-10)
+
+
+def test_clip_loss_of_two_ranks_is_that_of_the_joined_batch(two_ranks):
+    loss, gradient = clip()
+    losses, gradients = zip(*(torch.load(two_ranks / f"clip {rank}.pt") for rank in range(2)), strict=True)
+    assert_close(sum(losses) / 2, loss, rtol=1e-12, atol=0)
+    for rank in range(2):
+        assert_close(gradients[rank] / 2, gradient[:, rank::2], rtol=1e-10, atol=1e-14)
 
 
 def test_a_queue_of_two_ranks_is_continued_in_one_process_with_another_batch(two_ranks):
