@@ -15,6 +15,7 @@ from short_runs import SIZE, short_data
 from twoview.data import ImageData
 from twoview.evaluation import progress
 from twoview.evaluation.evaluate import evaluate as evaluate_encoder
+from twoview.evaluation.integrity import thumbnails
 from twoview.loading import load
 
 
@@ -75,6 +76,13 @@ def test_steps_are_counted_over_several_sequences_and_end_with_the_part():
     with progress.part("not shown"):
         list(progress.track([1]))
     assert display.calls == ["a", (0, 2), (1, 2), (2, 2), (2, 3), (3, 3), "stop", "b", "stop"]
+
+
+def test_center_squares_of_images_are_counted():
+    display, images = Recorder(), short_data().test
+    with progress.shown_by(display), progress.part("center squares"):
+        thumbnails(images)
+    assert display.calls[1:-1] == [(0, len(images)), (len(images), len(images))]  # a single batch
 
 
 @pytest.mark.parametrize("measure", ["knn", "retrieval", "few_labels", "invariance", "integrity", "linear_sgd"])

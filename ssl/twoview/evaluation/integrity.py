@@ -13,7 +13,7 @@ from twoview.evaluation.measure import ByName, Figures, Inputs, Measure, Thumbna
 from twoview.evaluation.neighbors import neighbors
 from twoview.evaluation.pixel_pairs import agreement, is_near, pixel_hashes
 from twoview.evaluation.probe import Prediction
-from twoview.evaluation.progress import track
+from twoview.evaluation.progress import add_steps, track
 from twoview.evaluation.tables import Table, percent
 
 SIDE = 32  # pixels per side at which images are compared
@@ -112,9 +112,11 @@ def thumbnails(images: Images, side: int | None = None) -> Thumbnails:
         side: height and width of the thumbnails in pixels; None for 32, or less if the images are smaller.
     """
     side, small, hashes = side or min(images.size, SIDE), [], list[bytes]()
+    add_steps(total=len(images))
     for batch in in_order(images):
         small.append(batch.squares(side).cpu())
         hashes += pixel_hashes(batch)
+        add_steps(done=len(batch.ids))
     return Thumbnails(torch.cat(small), hashes)
 
 
