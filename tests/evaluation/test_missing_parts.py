@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from evaluation.helpers_evaluation import blobs, evaluate, quick
+from evaluation.helpers_evaluation import AUGMENT, blobs, evaluate, quick
 from evaluation.slow_measure import start
 from short_runs import SIZE, make_inputs, pretrain, short_data
 
-from twoview.augment import TwoViews
 from twoview.errors import Interrupted, UserError
 from twoview.evaluation import progress
-from twoview.evaluation.evaluate import evaluate as evaluation, take
+from twoview.evaluation.evaluate import evaluate as evaluate_encoder, take
 from twoview.evaluation.knn import KNN
 from twoview.evaluation.measure import Measure
 from twoview.evaluation.settings import EvaluationSettings
@@ -128,7 +127,7 @@ def test_what_is_finished_is_reported_after_an_interrupt(encoder, tmp_path, wher
     assert "interrupted" in (tmp_path / "report.md").read_text()
 
 
-def test_an_interrupt_after_the_last_choice_of_a_baseline_stops_too(encoder, tmp_path):
+def test_an_interrupt_after_the_last_choice_of_a_baseline_stops_too(encoder):
     class Interrupts:
         """A progress display in which Ctrl-C is pressed while it is removed."""
 
@@ -144,9 +143,8 @@ def test_an_interrupt_after_the_last_choice_of_a_baseline_stops_too(encoder, tmp
                 signal.raise_signal(signal.SIGINT)
 
     pressed, data = [], short_data()
-    views = TwoViews(SIZE, 1, [0.5], [0.25])
     with progress.shown_by(Interrupts()):
-        report, _ = evaluation(encoder, data, views, with_part(), 0)
+        report, _ = evaluate_encoder(encoder, data, AUGMENT(**data.view_limits()), with_part(), seed=0)
     assert pressed
     assert report["incomplete"] is True
     assert set(report["results"]) == {"trained", "random initialization"}
